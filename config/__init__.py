@@ -1,0 +1,1 @@
+"""What is configured: settings, tenants, sealed secrets, topics, logs. Imports schemas only."""

@@ -1,0 +1,1 @@
+"""How the far sides are spoken to: the contract, the one door out, and a folder for each kind."""

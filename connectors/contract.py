@@ -1,0 +1,117 @@
+"""The connector contract: what a kind of destination declares, and what it does when it is asked to deliver.
+
+A connector does not sleep, retry, log, count or read a clock; the pipeline does. It turns the errors it knows into
+outcomes and lets the rest reach `streams/runner.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from msgspec import Struct
+from pydantic import BaseModel
+
+from schemas.delivery import Delivery
+from schemas.ids import DeliveryId, DestinationId, TenantRef
+from schemas.outcome import Outcome
+
+if TYPE_CHECKING:
+    from connectors.egress import Egress
+
+O = TypeVar("O", bound=BaseModel)
+S = TypeVar("S", bound=BaseModel)
+
+
+class Feed(Enum):
+    """Where deliveries of a kind wait: in a lane of the worker, or in the stage topic."""
+
+    LANE = "lane"
+    STAGE = "stage"
+
+
+class Span(Struct, frozen=True, gc=False):
+    """A range of a stage partition that a batch covers."""
+
+    partition: int
+    first: int
+    last: int
+
+
+class Batch(Struct, frozen=True):
+    """Deliveries of one tenant to one destination. `at_ms` is the clock that a signature needs."""
+
+    tenant: TenantRef
+    destination: DestinationId
+    at_ms: int
+    span: Span | None
+    deliveries: tuple[Delivery, ...]
+
+
+class Batching(Struct, frozen=True, gc=False):
+    max_events: int
+    max_bytes: int
+    linger_s: float
+    max_in_flight: int
+    timeout_s: float
+
+
+class Step(Struct, frozen=True, gc=False):
+    """One named step of `check`: what was tried, whether it worked, and what to do where it did not."""
+
+    name: str
+    ok: bool
+    detail: str = ""
+
+
+class Connector(Protocol):
+    batching: Batching
+
+    async def open(self) -> None: ...
+
+    async def check(self) -> Sequence[Step]:
+        """Tries the destination in named steps and leaves nothing behind."""
+        ...
+
+    async def deliver(self, batch: Batch) -> Mapping[DeliveryId, Outcome]:
+        """Exactly one outcome for each delivery of the batch."""
+        ...
+
+    async def close(self) -> None:
+        """Waits for what is in flight. Twice is fine."""
+        ...
+
+
+class Direct(Connector, Protocol):
+    """A lane kind that delivers one event at a time without a task or a future (ADR 0002)."""
+
+    def start(self, delivery: Delivery, at_ms: int, done: Callable[[Outcome], None]) -> None:
+        """Begins the attempt; `done` is called exactly once, from the event loop, never from inside `start`."""
+        ...
+
+
+class Spec(Generic[O, S]):
+    """What a kind declares. Validation, the docs page, the form and the OpenAPI branch come from `options`/`secrets`."""
+
+    def __init__(
+        self,
+        *,
+        kind: str,
+        title: str,
+        feed: Feed,
+        options: type[O],
+        secrets: type[S],
+        example: Mapping[str, Any],
+        codes: Mapping[str, str],
+        connect: "Callable[[TenantRef, DestinationId, O, S, Egress], Connector]",
+        generate: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        """`codes` maps each outcome code to its meaning. `generate` makes the secrets that are made by us when none are given."""
+        self.kind = kind
+        self.title = title
+        self.feed = feed
+        self.options = options
+        self.secrets = secrets
+        self.example = example
+        self.codes = codes
+        self.connect = connect
+        self.generate = generate
