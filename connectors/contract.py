@@ -18,8 +18,8 @@ from schemas.outcome import Outcome
 if TYPE_CHECKING:
     from connectors.egress import Egress
 
-O = TypeVar("O", bound=BaseModel)
-S = TypeVar("S", bound=BaseModel)
+Options = TypeVar("Options", bound=BaseModel)
+Secrets = TypeVar("Secrets", bound=BaseModel)
 
 
 class Feed(Enum):
@@ -89,8 +89,8 @@ class Direct(Connector, Protocol):
         ...
 
 
-class Spec(Generic[O, S]):
-    """What a kind declares. Validation, the docs page, the form and the OpenAPI branch come from `options`/`secrets`."""
+class Spec(Generic[Options, Secrets]):
+    """What a kind declares. Validation, docs page, form and OpenAPI branch come from `options` and `secrets`."""
 
     def __init__(
         self,
@@ -98,14 +98,14 @@ class Spec(Generic[O, S]):
         kind: str,
         title: str,
         feed: Feed,
-        options: type[O],
-        secrets: type[S],
+        options: type[Options],
+        secrets: type[Secrets],
         example: Mapping[str, Any],
         codes: Mapping[str, str],
-        connect: "Callable[[TenantRef, DestinationId, O, S, Egress], Connector]",
+        connect: "Callable[[TenantRef, DestinationId, Options, Secrets, Egress], Connector]",
         generate: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        """`codes` maps each outcome code to its meaning. `generate` makes the secrets that are made by us when none are given."""
+        """`codes` maps each outcome code to its meaning; `generate` makes the secrets that none were given for."""
         self.kind = kind
         self.title = title
         self.feed = feed

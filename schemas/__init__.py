@@ -1,1 +1,1 @@
-"""What things are: ids, events, deliveries, outcomes, records, topic names and wire formats. Pure; imports nothing of ours."""
+"""What things are: ids, events, deliveries, outcomes, records, topic names and wire formats. Pure."""

@@ -69,13 +69,11 @@ def _occurred_at_problem(text: str) -> Problem | None:
     return None
 
 
-def decode_event(
-    value: bytes, tenant: ExternalId, position: str, appended_ms: int, max_bytes: int
-) -> Event | Problem:
+def decode_event(value: bytes, tenant: ExternalId, position: str, appended_ms: int, max_bytes: int) -> Event | Problem:
     """The event that a record of ingress holds, its defaults filled, or why it holds none.
 
-    `position` is the default event id (`ids.default_event_id`); `appended_ms` the record's timestamp; `max_bytes` bounds
-    the canonical form. Raises nothing for any input.
+    `position` is the default event id (`ids.default_event_id`); `appended_ms` the record's timestamp; `max_bytes`
+    bounds the canonical form. Raises nothing for any input.
     """
     if not value:
         return Problem("malformed", "the record has no value")

@@ -1,7 +1,7 @@
 """Identity: tenants, slugs, and the hashes that name an event, a delivery and an attempt.
 
-Owns every id's spelling. All hashes are BLAKE2b with 128 bits over length-prefixed UTF-8 parts, so that no two different
-tuples of texts share an input; they are written as 26 characters of lower-case base32.
+Owns every id's spelling. All hashes are BLAKE2b with 128 bits over length-prefixed UTF-8 parts, so that no two
+different tuples of texts share an input; they are written as 26 characters of lower-case base32.
 """
 
 import hashlib
@@ -155,7 +155,10 @@ def delivery_id(tenant: TenantRef, event_type: str, idempotency_key: str, destin
 
 def attempt_digest(delivery: DeliveryId, attempt: int, replay: str) -> bytes:
     """What names an attempt: the same for a repeat of the same record."""
-    return digest(b"%d:%b%d:%d%d:%b" % (len(delivery), delivery.encode(), len(str(attempt)), attempt, len(replay.encode()), replay.encode()))
+    return digest(
+        b"%d:%b%d:%d%d:%b"
+        % (len(delivery), delivery.encode(), len(str(attempt)), attempt, len(replay.encode()), replay.encode())
+    )
 
 
 def default_event_id(topic: str, topic_id8: str, partition: int, offset: int) -> EventId:

@@ -1,0 +1,150 @@
+"""Topic names, keys and policies (design, section 4). `config/provision.py` makes them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from msgspec import Struct
+
+from schemas.ids import DestinationId, Tag, TenantRef, Vendor, percent
+
+MINUTE_MS: Final = 60_000
+DAY_MS: Final = 86_400_000
+FEW: Final = 4
+RECORD_SLACK_BYTES: Final = 64 * 1024
+
+
+class Topics(Struct, frozen=True):
+    """Every topic name under one prefix."""
+
+    prefix: str = "headgate"
+
+    @property
+    def control(self) -> str:
+        return f"{self.prefix}.control"
+
+    @property
+    def keys(self) -> str:
+        return f"{self.prefix}.keys"
+
+    @property
+    def state(self) -> str:
+        return f"{self.prefix}.state"
+
+    def ingress(self, vendor: Vendor) -> str:
+        return f"{self.prefix}.{vendor}.ingress"
+
+    def attempts(self, vendor: Vendor) -> str:
+        return f"{self.prefix}.{vendor}.attempts"
+
+    def audit(self, vendor: Vendor) -> str:
+        return f"{self.prefix}.{vendor}.audit"
+
+    def unrouted(self, vendor: Vendor) -> str:
+        return f"{self.prefix}.{vendor}.dlq.unrouted"
+
+    def retry(self, vendor: Vendor, tag: Tag) -> str:
+        return f"{self.prefix}.{vendor}.retry.{tag}"
+
+    def dead_letters(self, vendor: Vendor, tag: Tag) -> str:
+        return f"{self.prefix}.{vendor}.dlq.{tag}"
+
+    def stage(self, vendor: Vendor, tag: Tag) -> str:
+        return f"{self.prefix}.{vendor}.stage.{tag}"
+
+    def stage_cursor(self, vendor: Vendor, tag: Tag) -> str:
+        return f"{self.prefix}.{vendor}.stage-cursor.{tag}"
+
+    def retry_pattern(self, vendors: Sequence[Vendor]) -> str:
+        """A regular expression for every retry topic of the vendors."""
+        names = "|".join(re.escape(vendor) for vendor in vendors)
+        return rf"^{re.escape(self.prefix)}\.(?:{names})\.retry\.[a-z0-9-]+$"
+
+    def group(self, name: str) -> str:
+        return f"{self.prefix}.{name}"
+
+
+def delivery_key(tenant: TenantRef, destination: DestinationId) -> bytes:
+    """The key of retry, stage and dead-letter records: `<tenant>/<destination>`."""
+    return f"{percent(tenant.tenant)}/{destination}".encode()
+
+
+def record_bytes(max_event_bytes: int) -> int:
+    """What every topic but ingress takes, and every producer of ours sends: what replaces a record always fits."""
+    return 2 * (max_event_bytes + RECORD_SLACK_BYTES)
+
+
+class TopicSpec(Struct, frozen=True):
+    """A topic as it should be: partitions and the broker's settings."""
+
+    name: str
+    partitions: int
+    config: Mapping[str, str]
+
+
+class Sizes(Struct, frozen=True):
+    """The settings that topic policies depend on."""
+
+    max_event_bytes: int
+    ingress_partitions: int
+    retry_tiers_s: tuple[float, ...]
+    ingress_retention_ms: int
+    attempts_retention_ms: int
+    dlq_retention_ms: int
+    longest_max_age_ms: int
+
+
+_UNROUTED_RETENTION_MS: Final = 7 * DAY_MS
+
+
+def _delete(name: str, partitions: int, retention_ms: int, max_bytes: int, **more: str) -> TopicSpec:
+    config = {
+        "cleanup.policy": "delete",
+        "retention.ms": str(retention_ms),
+        "retention.bytes": "-1",
+        "max.message.bytes": str(max_bytes),
+        **{name.replace("_", "."): value for name, value in more.items()},
+    }
+    return TopicSpec(name, partitions, config)
+
+
+def _compacted(name: str, max_bytes: int) -> TopicSpec:
+    """Segments roll and are cleaned within minutes, so that a shredded key leaves the disk (design, section 8)."""
+    return TopicSpec(
+        name,
+        1,
+        {
+            "cleanup.policy": "compact",
+            "segment.ms": str(10 * MINUTE_MS),
+            "max.compaction.lag.ms": str(10 * MINUTE_MS),
+            "min.cleanable.dirty.ratio": "0.01",
+            "retention.bytes": "-1",
+            "max.message.bytes": str(max_bytes),
+        },
+    )
+
+
+def base_topics(topics: Topics, vendors: Sequence[Vendor], sizes: Sizes) -> list[TopicSpec]:
+    """The topics that exist before any tenant does."""
+    big = record_bytes(sizes.max_event_bytes)
+    specs = [_compacted(name, big) for name in (topics.control, topics.keys, topics.state)]
+    for vendor in vendors:
+        ingress_bytes = sizes.max_event_bytes + RECORD_SLACK_BYTES
+        specs += [
+            _delete(topics.ingress(vendor), sizes.ingress_partitions, sizes.ingress_retention_ms, ingress_bytes),
+            _delete(topics.attempts(vendor), FEW, sizes.attempts_retention_ms, big),
+            _delete(topics.audit(vendor), FEW, sizes.attempts_retention_ms, big),
+            _delete(topics.unrouted(vendor), FEW, _UNROUTED_RETENTION_MS, big),
+        ]
+    return specs
+
+
+def tenant_topics(topics: Topics, vendor: Vendor, tag: Tag, sizes: Sizes) -> list[TopicSpec]:
+    """The topics of one tag: those of one tenant (`topics: own`) or of one pool."""
+    big = record_bytes(sizes.max_event_bytes)
+    waiting_ms = sizes.longest_max_age_ms + 7 * DAY_MS
+    append_time = {"message_timestamp_type": "LogAppendTime"}
+    return [
+        _delete(topics.retry(vendor, tag), len(sizes.retry_tiers_s), waiting_ms, big, **append_time),
+        _delete(topics.dead_letters(vendor, tag), FEW, sizes.dlq_retention_ms, big),
+    ]

@@ -1,0 +1,170 @@
+"""The records that Headgate writes for itself: headers, sealed values, stubs (design, section 5).
+
+Owns their spelling on the wire and their size limits. Sealing itself is the vault's (`config/vault.py`).
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeAlias
+
+from msgspec import Struct
+
+from schemas.ids import DeliveryId, DestinationId, EventId, ExternalId, TenantRef, Vendor, parts
+
+Headers: TypeAlias = list[tuple[str, bytes]]
+
+RECORD_VERSION: Final = b"1"
+SEALED_FORMAT: Final = 1
+NONCE_BYTES: Final = 12
+SEALED_OVERHEAD_BYTES: Final = 1 + 4 + NONCE_BYTES + 16
+MAX_HEADERS_BYTES: Final = 16 * 1024
+MAX_DETAIL_BYTES: Final = 512
+STUB_BYTES: Final = 64 * 1024
+
+
+def aad(tenant: TenantRef, purpose: str, destination: str, item: str, key_version: int) -> bytes:
+    """What a sealed value is bound to: moved to another tenant, destination or item it does not open.
+
+    `item` is the delivery's id or the field's name. Each part is length-prefixed, since ids may hold any character.
+    """
+    return parts(tenant.vendor, tenant.tenant, purpose, destination, item, str(key_version))
+
+
+class Sealed(Struct, frozen=True, gc=False):
+    key_version: int
+    nonce: bytes
+    ciphertext: bytes
+
+
+def pack_sealed(key_version: int, nonce: bytes, ciphertext: bytes) -> bytes:
+    """`1 byte format | 4 bytes key version | 12 bytes nonce | ciphertext and tag`."""
+    return b"%c%b%b%b" % (SEALED_FORMAT, key_version.to_bytes(4, "big"), nonce, ciphertext)
+
+
+def unpack_sealed(value: bytes) -> Sealed | None:
+    """None if the value is not of the form that `pack_sealed` writes."""
+    if len(value) < SEALED_OVERHEAD_BYTES or value[0] != SEALED_FORMAT:
+        return None
+    return Sealed(int.from_bytes(value[1:5], "big"), value[5:17], value[17:])
+
+
+class Parked(Struct, frozen=True, gc=False):
+    """What the headers of a retry or dead-letter record say of the delivery inside."""
+
+    tenant: TenantRef
+    destination: DestinationId
+    delivery: DeliveryId
+    event: EventId
+    event_type: str
+    attempt: int
+    hop: int
+    parks: int
+    not_before_ms: int
+    origin: str
+    error: str
+    fault: str
+    detail: str
+    first_failed_ms: int
+    replay: str
+
+
+def clip(text: str, max_bytes: int = MAX_DETAIL_BYTES) -> bytes:
+    """UTF-8, cut at a character's end."""
+    raw = text.encode("utf-8", "replace")
+    return raw if len(raw) <= max_bytes else raw[:max_bytes].decode("utf-8", "ignore").encode()
+
+
+def parked_headers(parked: Parked) -> Headers:
+    tenant = parked.tenant
+    headers = [
+        ("hg-v", RECORD_VERSION),
+        ("hg-vendor", tenant.vendor.encode()),
+        ("hg-tenant", tenant.tenant.encode()),
+        ("hg-destination", parked.destination.encode()),
+        ("hg-delivery", parked.delivery.encode()),
+        ("hg-event", parked.event.encode()),
+        ("hg-type", parked.event_type.encode()),
+        ("hg-attempt", b"%d" % parked.attempt),
+        ("hg-hop", b"%d" % parked.hop),
+        ("hg-parks", b"%d" % parked.parks),
+        ("hg-not-before", b"%d" % parked.not_before_ms),
+        ("hg-origin", parked.origin.encode()),
+        ("hg-error", parked.error.encode()),
+        ("hg-fault", parked.fault.encode()),
+        ("hg-first-failed", b"%d" % parked.first_failed_ms),
+    ]
+    if parked.detail:
+        headers.append(("hg-detail", clip(parked.detail)))
+    if parked.replay:
+        headers.append(("hg-replay", parked.replay.encode()))
+    return headers
+
+
+def read_parked(headers: Iterable[tuple[str, bytes]]) -> Parked | None:
+    """The inverse of `parked_headers`; None if a header is missing or is no number where one is due."""
+    got = {name: value for name, value in headers if name.startswith("hg-")}
+    try:
+        if got["hg-v"] != RECORD_VERSION:
+            return None
+        text = {name: value.decode() for name, value in got.items()}
+        return Parked(
+            tenant=TenantRef(Vendor(text["hg-vendor"]), ExternalId(text["hg-tenant"])),
+            destination=DestinationId(text["hg-destination"]),
+            delivery=DeliveryId(text["hg-delivery"]),
+            event=EventId(text["hg-event"]),
+            event_type=text["hg-type"],
+            attempt=int(text["hg-attempt"]),
+            hop=int(text["hg-hop"]),
+            parks=int(text["hg-parks"]),
+            not_before_ms=int(text["hg-not-before"]),
+            origin=text["hg-origin"],
+            error=text["hg-error"],
+            fault=text["hg-fault"],
+            detail=text.get("hg-detail", ""),
+            first_failed_ms=int(text["hg-first-failed"]),
+            replay=text.get("hg-replay", ""),
+        )
+    except (KeyError, ValueError):
+        return None
+
+
+def _size(headers: Iterable[tuple[str, bytes | None]]) -> int:
+    return sum(len(name) + len(value or b"") for name, value in headers)
+
+
+def unrouted_headers(
+    original: Sequence[tuple[str, bytes | None]], *, vendor: Vendor, origin: str, reason: str, detail: str
+) -> list[tuple[str, bytes | None]]:
+    """The record's own headers (up to 16 KiB in all, the rest dropped and counted) and ours.
+
+    Names that start with `hg-` are ours: a producer's own ones are dropped and counted too.
+    """
+    ours: list[tuple[str, bytes | None]] = [
+        ("hg-v", RECORD_VERSION),
+        ("hg-vendor", vendor.encode()),
+        ("hg-origin", origin.encode()),
+        ("hg-error", reason.encode()),
+        ("hg-detail", clip(detail)),
+    ]
+    room = MAX_HEADERS_BYTES - _size(ours) - 64
+    kept: list[tuple[str, bytes | None]] = []
+    dropped = 0
+    for name, value in original:
+        size = len(name.encode()) + len(value or b"")
+        if name.startswith("hg-") or size > room:
+            dropped += 1
+            continue
+        room -= size
+        kept.append((name, value))
+    if dropped:
+        ours.append(("hg-headers-dropped", b"%d" % dropped))
+    return kept + ours
+
+
+def stub(value: bytes, headers: Sequence[tuple[str, bytes | None]]) -> tuple[bytes, list[tuple[str, bytes | None]]]:
+    """What stands for a record that the broker refuses for its size: its first 64 KiB, its hash and its length."""
+    note: list[tuple[str, bytes | None]] = [
+        ("hg-truncated", b"%d" % len(value)),
+        ("hg-sha256", hashlib.sha256(value).hexdigest().encode()),
+    ]
+    return value[:STUB_BYTES], [*headers, *note]
