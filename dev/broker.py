@@ -25,6 +25,8 @@ from dev.jars import Say
 
 NODE_ID: Final = 1
 START_TIMEOUT_S: Final = 90
+PROPERTIES_FILE: Final = "server.properties"
+LOG4J_FILE: Final = "log4j2.yaml"
 HEAP: Final = "-Xmx512m"
 # Serial GC and the first compiler only: on a laptop's cores the start and the idle cost matter more than the peak.
 # No perf data: it would leave a file in /tmp behind a kill.
@@ -39,6 +41,8 @@ JVM: Final = (
 # What would change a Java's command line from outside.
 JAVA_VARIABLES: Final = frozenset({"CLASSPATH", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS"})
 
+# Paths in these two files are relative, the broker's working directory is its home: a comma or a `%` in the way there
+# would mean something to Kafka or to Log4j.
 PROPERTIES: Final = """\
 # Written by `headgate dev up`.
 process.roles=broker,controller
@@ -49,7 +53,7 @@ advertised.listeners=BROKER://127.0.0.1:{port}
 listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=BROKER
-log.dirs={data}
+log.dirs=data
 
 auto.create.topics.enable=false
 num.partitions=4
@@ -92,17 +96,17 @@ Configuration:
   Appenders:
     RollingFile:
       name: file
-      fileName: "{log}"
-      filePattern: "{log}.%i"
-      PatternLayout: {{pattern: "[%d] %p %m (%c{{1}})%n"}}
-      Policies: {{SizeBasedTriggeringPolicy: {{size: 10MB}}}}
-      DefaultRolloverStrategy: {{max: 2}}
+      fileName: kafka.log
+      filePattern: kafka.log.%i
+      PatternLayout: {pattern: "[%d] %p %m (%c{1})%n"}
+      Policies: {SizeBasedTriggeringPolicy: {size: 10MB}}
+      DefaultRolloverStrategy: {max: 2}
   Loggers:
-    Root: {{level: INFO, AppenderRef: {{ref: file}}}}
+    Root: {level: INFO, AppenderRef: {ref: file}}
     Logger:
-      - {{name: org.apache.kafka.common.config.AbstractConfig, level: WARN}}
-      - {{name: kafka.server.KafkaConfig, level: WARN}}
-      - {{name: org.apache.kafka.clients, level: WARN}}
+      - {name: org.apache.kafka.common.config.AbstractConfig, level: WARN}
+      - {name: kafka.server.KafkaConfig, level: WARN}
+      - {name: org.apache.kafka.clients, level: WARN}
 """
 
 
@@ -125,7 +129,8 @@ class Kit(Struct, frozen=True):
             *JVM,
             *shared,
             f"-Djava.io.tmpdir={scratch}",
-            f"-XX:ErrorFile={scratch}/java-fault-%p.log",
+            "-XX:ErrorFile=java-fault-%p.log",
+            f"-Dlog4j2.configurationFile={LOG4J_FILE}",
             *flags,
             "-cp",
             ":".join(map(str, self.jars)),
@@ -141,7 +146,9 @@ def kafka_version() -> str:
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The caller's environment without what would change the broker's command line."""
-    return {name: value for name, value in environ.items() if name not in JAVA_VARIABLES and not name.startswith("KAFKA_")}
+    return {
+        name: value for name, value in environ.items() if name not in JAVA_VARIABLES and not name.startswith("KAFKA_")
+    }
 
 
 def prepare(cache: Path, say: Say) -> Kit:
@@ -155,6 +162,8 @@ def prepare(cache: Path, say: Say) -> Kit:
     except ModuleNotFoundError as missing:
         raise BrokerError(f"the embedded stack needs the 'embedded' extra of headgate: {missing}") from missing
 
+    if os.pathsep in str(cache):
+        raise BrokerError(f"the path of the cache, {cache}, holds a {os.pathsep!r}, which Java takes for a separator")
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         try:
@@ -229,14 +238,6 @@ class Layout(Struct, frozen=True):
         return self.home / "tmp"
 
     @property
-    def config(self) -> Path:
-        return self.home / "server.properties"
-
-    @property
-    def log_config(self) -> Path:
-        return self.home / "log4j2.yaml"
-
-    @property
     def log(self) -> Path:
         return self.home / "kafka.log"
 
@@ -249,12 +250,10 @@ class Layout(Struct, frozen=True):
 def write_config(layout: Layout) -> None:
     """Write the settings anew; data stay as they are."""
     layout.scratch.mkdir(parents=True, exist_ok=True)
-    layout.config.write_text(
-        PROPERTIES.format(
-            node=NODE_ID, port=layout.port, controller_port=layout.controller_port, data=_escaped(layout.data)
-        )
+    (layout.home / PROPERTIES_FILE).write_text(
+        PROPERTIES.format(node=NODE_ID, port=layout.port, controller_port=layout.controller_port)
     )
-    layout.log_config.write_text(LOG4J.format(log=layout.log))
+    (layout.home / LOG4J_FILE).write_text(LOG4J)
 
 
 def format_storage(kit: Kit, layout: Layout) -> None:
@@ -264,10 +263,10 @@ def format_storage(kit: Kit, layout: Layout) -> None:
     cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     done = subprocess.run(
         kit.command(
-            "kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", str(layout.config),
-            scratch=layout.scratch, flags=(f"-Dlog4j2.configurationFile={layout.log_config}",),
+            "kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", PROPERTIES_FILE,
+            scratch=layout.scratch,
         ),
-        capture_output=True, text=True, env=environment(), timeout=START_TIMEOUT_S, check=False,
+        cwd=layout.home, capture_output=True, text=True, env=environment(), timeout=START_TIMEOUT_S, check=False,
     )  # fmt: skip
     if done.returncode != 0:
         raise BrokerError(f"Kafka's storage could not be formatted in {layout.data}:\n{done.stdout}{done.stderr}")
@@ -275,12 +274,7 @@ def format_storage(kit: Kit, layout: Layout) -> None:
 
 def start(kit: Kit, layout: Layout, flags: Sequence[str] = ()) -> process.Proc:
     """Start the broker and return at once; `wait_ready` waits."""
-    command = kit.command(
-        "kafka.Kafka",
-        str(layout.config),
-        scratch=layout.scratch,
-        flags=(f"-Dlog4j2.configurationFile={layout.log_config}", *flags),
-    )
+    command = kit.command("kafka.Kafka", PROPERTIES_FILE, scratch=layout.scratch, flags=flags)
     return process.spawn(command, cwd=layout.home, log=layout.output, environ=environment())
 
 
@@ -312,7 +306,3 @@ def _last_words(layout: Layout) -> str:
         if log.is_file():
             lines += log.read_text(errors="replace").splitlines()[-15:]
     return f"see {layout.log}:\n" + "\n".join(lines)
-
-
-def _escaped(path: Path) -> str:
-    return str(path).replace("\\", "\\\\")

@@ -60,8 +60,8 @@ def locked(lock: Path = LOCK) -> tuple[Jar, ...]:
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """Where jars are kept between stacks.
 
-    `HEADGATE_CACHE_DIR` if set; else under `XDG_CACHE_HOME` if that is set; else beside a checkout's code, so that removing
-    the checkout removes everything; else the user's own cache.
+    `HEADGATE_CACHE_DIR` if set; else under `XDG_CACHE_HOME` if that is set; else beside a checkout's code, so that
+    removing the checkout removes everything; else the user's own cache.
     """
     if named := environ.get("HEADGATE_CACHE_DIR"):
         return Path(named).expanduser().resolve()
@@ -78,8 +78,8 @@ def fetch_all(
 ) -> list[Path]:
     """The paths of all jars in the lock's order; fetches those that are missing or damaged.
 
-    `remotes` are Maven repositories by name, the public one if None. A jar takes its place by a rename, after its checksum
-    was compared, so a reader never sees half a file and concurrent fetches of the same jar are harmless.
+    `remotes` are Maven repositories by name, the public one if None. A jar takes its place by a rename, after its
+    checksum was compared, so a reader never sees half a file and concurrent fetches of the same jar are harmless.
     """
     wanted = locked() if jars is None else tuple(jars)
     folder = cache / "jars"
@@ -130,7 +130,7 @@ def _fetch(jar: Jar, folder: Path, remotes: Mapping[str, str] | None) -> Path:
             problem = f"{type(error).__name__}: {error}"
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    raise JarError(f"{jar}: cannot be fetched ({problem}). Is Maven Central reachable from here, proxy settings included?")
+    raise JarError(f"{jar}: cannot be fetched ({problem}). Is Maven Central reachable?")
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Background processes that outlive the command that started them, found again without ever mistaking another's.
 
-A process is a pid together with the moment it started: the kernel hands pids out again, and a signal must never reach the
-process of somebody else.
+A process is a pid together with the moment it started: the kernel hands pids out again, and a signal must never reach
+the process of somebody else.
 """
 
 import os
@@ -51,7 +51,7 @@ def condition(proc: Proc) -> Condition:
     if (child := _children.get(proc.pid)) is not None and child.poll() is not None:
         del _children[proc.pid]
     found = _start_and_state(proc.pid)
-    if found is None or found[0] != proc.started or found[1] in "ZX":
+    if found is None or found[0] != proc.started or (found[1] in "ZX" and not _threads_left(proc.pid)):
         return Condition.GONE
     return Condition.PAUSED if found[1] in "Tt" else Condition.RUNNING
 
@@ -86,11 +86,19 @@ def _gone_within(proc: Proc, seconds: float) -> bool:
     return True
 
 
+def _threads_left(pid: int) -> bool:
+    """Whether a zombie's other threads still end: until they have, its ports and files are open."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task")) > 1
+    except OSError:
+        return False
+
+
 def _start_and_state(pid: int) -> tuple[str, str] | None:
     """When a process started, and its state letter (`T` stopped, `Z` zombie, …); None if there is none."""
     if not sys.platform.startswith("linux"):
-        line = subprocess.run(["ps", "-o", "state=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-        state, _, started = line.stdout.strip().partition(" ")
+        ps = ["ps", "-o", "state=,lstart=", "-p", str(pid)]
+        state, _, started = subprocess.run(ps, capture_output=True, text=True, check=False).stdout.partition(" ")
         return (started.strip(), state[0]) if started else None
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

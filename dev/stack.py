@@ -1,8 +1,8 @@
 """The embedded stack: a real Kafka and a real Redis as background processes in a folder of their own.
 
 Owns the folder, its state file and the life of its processes; `broker.py` knows how a Kafka is run, `process.py` how a
-process is found again. Everything here may be called from several processes at once: a lock in the folder puts changes in
-order. Nothing outside the folder and the jar cache is written.
+process is found again. Everything here may be called from several processes at once: a lock in the folder puts changes
+in order. Nothing outside the folder and the jar cache is written.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Final, assert_never
 
@@ -33,6 +34,7 @@ MASTER_KEY_ID: Final = "dev-1"
 """Ids that start with `dev-` are development keys, which production refuses."""
 END_GRACE_S: Final = 15.0
 REDIS_START_TIMEOUT_S: Final = 20
+PORT_GRACE_S: Final = 2.0
 
 
 class StackError(Exception):
@@ -334,8 +336,8 @@ def _revived(folder: Path, state: State, service: ServiceName, cache: Path | Non
             return state
         case Condition.GONE:
             say(f"starting {service}")
-        case other:
-            assert_never(other)
+        case unknown:
+            assert_never(unknown)
     match service:
         case ServiceName.KAFKA:
             _refuse_taken(service, state.kafka_port, state.controller_port)
@@ -357,7 +359,7 @@ def _revived(folder: Path, state: State, service: ServiceName, cache: Path | Non
 
 def _refuse_taken(service: ServiceName, *ports: int) -> None:
     for port in ports:
-        if not wait.is_free(port):
+        if not wait.until(partial(wait.is_free, port), PORT_GRACE_S):
             raise StackError(
                 f"port {port} of this stack's {service} is taken by another process. End that process, "
                 "or begin anew with `headgate dev down` and `headgate dev up`."
@@ -440,7 +442,7 @@ def _status(folder: Path, state: State, service: ServiceName) -> ServiceStatus:
             word = "paused"
         case Condition.RUNNING:
             word = "ready" if answering(port) else "starting"
-        case other:
-            assert_never(other)
+        case unknown:
+            assert_never(unknown)
     assert proc is not None
     return ServiceStatus(service, word, f"127.0.0.1:{port}", version, proc.pid, log)

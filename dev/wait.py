@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Final
 
 POLL_S: Final = 0.02
-# Below the range from which systems take the local ports of outgoing connections (from 32768 on Linux, 49152 elsewhere):
-# else a client's connection could sit on a broker's port while that broker restarts.
+# Below the range from which systems take the local ports of outgoing connections (from 32768 on Linux, 49152
+# elsewhere): else a client's connection could sit on a broker's port while that broker restarts.
 PORTS: Final = range(20_000, 30_000)
 
 
