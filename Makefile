@@ -1,0 +1,86 @@
+# Everything a developer runs. `make help` says what each target does.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+# certificates of the system, so that a private certificate authority works
+UV := UV_SYSTEM_CERTS=1 VIRTUAL_ENV=$(VENV) $(BIN)/uv
+COMPILE := pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links -q \
+	--extra embedded --custom-compile-command "make lock" pyproject.toml
+COMPILE_TEST := $(COMPILE) --extra test -c dev/locks/run.txt
+# what holds for a file holds only once it exists; each is somebody's work
+CHECK_TESTS := $(wildcard tests/test_architecture.py tests/test_chart.py)
+
+.PHONY: help setup setup-test run fmt check types floors locked test chaos bench docs lock clean
+
+help: ## say what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.run) ## a locked environment in .venv, and the broker's jars
+	@$(BIN)/python -m dev
+
+setup-test: $(VENV)/.test
+	@$(BIN)/python -m dev
+
+run: setup ## the demo: broker, worker, inbox, sample tenants and a live table, until Ctrl-C
+	@$(BIN)/headgate demo
+
+fmt: $(VENV)/.test ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: $(VENV)/.test locked ## lint, format, types, import floors, locks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CHECK_TESTS),$(BIN)/pytest $(CHECK_TESTS))
+
+# Compiled again with the lock as its starting point: differs only if pyproject.toml asks for something else.
+locked: $(VENV)/.test
+	@if grep -nE '://|index-url|find-links' dev/locks/*.txt dev/kafka-jars.lock; then \
+		echo "dev/locks: an address of an index has got into a lock file" >&2; exit 1; fi
+	@now=$$(mktemp -d) && trap 'rm -rf "$$now"' EXIT && cp dev/locks/run.txt dev/locks/test.txt "$$now" \
+		&& $(UV) $(COMPILE) -o "$$now/run.txt" && $(UV) $(COMPILE_TEST) -o "$$now/test.txt" \
+		&& for name in run test; do diff -u dev/locks/$$name.txt "$$now/$$name.txt" \
+			|| { echo "dev/locks/$$name.txt is not what pyproject.toml asks for: make lock" >&2; exit 1; }; done
+
+test: setup-test ## all tests on a real Kafka and Redis, but the full-size ones
+	@$(BIN)/pytest -m "not chaos"
+
+chaos: setup-test ## the full-size tests: kills, stalls, floods
+	@$(BIN)/pytest -m chaos --timeout 3600
+
+bench: setup-test ## deliveries per CPU-second beside two baselines, latency, memory
+	@$(BIN)/python -m bench
+
+docs: setup ## write the generated pages anew
+	@$(BIN)/python -m dev.docs
+
+lock: $(VENV)/.uv ## resolve pyproject.toml into dev/locks (keeps what is pinned; UPGRADE=1 takes the newest)
+	$(UV) $(COMPILE) $(if $(UPGRADE),--upgrade) -o dev/locks/run.txt
+	$(UV) $(COMPILE_TEST) $(if $(UPGRADE),--upgrade) -o dev/locks/test.txt
+
+clean: ## end the stack in .headgate; remove the environment and everything made here
+	@if [ -d .headgate ] && [ -x $(BIN)/headgate ]; then HEADGATE_DEV_DIR=.headgate $(BIN)/headgate dev down; fi
+	rm -rf $(VENV) .headgate-cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment, in steps that run again only when what they are made from has changed.
+$(VENV)/.uv: dev/locks/uv.txt
+	@dev/venv.sh $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r dev/locks/uv.txt
+	@touch $@
+
+# The project itself is installed without its dependencies (the lock has them) and without a build environment of its own
+# (setuptools is in the lock).
+$(VENV)/.run: dev/locks/run.txt pyproject.toml $(VENV)/.uv
+	@$(UV) pip sync --require-hashes dev/locks/run.txt
+	@$(UV) pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: dev/locks/test.txt pyproject.toml $(VENV)/.uv
+	@$(UV) pip sync --require-hashes dev/locks/test.txt
+	@$(UV) pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@ $(VENV)/.run
