@@ -98,7 +98,9 @@ def fetch_all(
             coming = [pool.submit(_fetch, jar, folder, remotes) for jar in missing]
             try:
                 for done, one in enumerate(as_completed(coming), 1):
-                    say(f"  {done}/{len(missing)} {one.result().name}")
+                    one.result()
+                    if done % 10 == 0 or done == len(missing):
+                        say(f"  {done} of {len(missing)}")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

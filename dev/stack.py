@@ -394,7 +394,7 @@ def _start_redis(folder: Path, port: int) -> Proc:
     command = [
         str(_redis_server()), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(home),
         # a snapshot when it ends in order, none while it works: what a kill loses, Headgate can do without
-        "--save", "86400 1", "--appendonly", "no", "--daemonize", "no",
+        "--save", "86400", "1", "--appendonly", "no", "--daemonize", "no",
     ]  # fmt: skip
     return process.spawn(command, cwd=home, log=home / "redis.log", environ=os.environ)
 

@@ -4,7 +4,8 @@ set -euo pipefail
 venv=$1
 right='import sys; sys.exit(sys.version_info < (3, 11))'
 
-if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c "$right" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+if [ -x "$venv/bin/python" ] && "$venv/bin/python" -c "$right"; then
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
     exit 0
 fi
 for python in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
