@@ -7,7 +7,6 @@ processes and are not in it; the producer has ended before a run begins.
 
 import json
 import os
-import shutil
 import ssl
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from typing import Final
 
 import psutil
 import trustme
-from confluent_kafka import Consumer, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigEntry, ConfigResource, NewTopic
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 from msgspec import Struct
 
 from bench import events
@@ -131,13 +130,19 @@ def certificates(folder: Path) -> Certificates:
 
 
 def make_topic(rig: Rig, name: str) -> None:
-    """A topic with the time of append in its records, made if it is missing."""
+    """Ingress, before the worker would make it: with the time of append in its records."""
     admin = AdminClient({"bootstrap.servers": rig.bootstrap})
-    if name not in admin.list_topics(timeout=ADMIN_TIMEOUT_S).topics:
-        admin.create_topics([NewTopic(name, PARTITIONS, 1)])[name].result(ADMIN_TIMEOUT_S)
-    entry = ConfigEntry("message.timestamp.type", "LogAppendTime")
-    resource = ConfigResource(ConfigResource.Type.TOPIC, name, incremental_configs=[entry])
-    admin.incremental_alter_configs([resource])[resource].result(ADMIN_TIMEOUT_S)
+    topic = NewTopic(name, PARTITIONS, 1, config={"message.timestamp.type": "LogAppendTime"})
+    admin.create_topics([topic])[name].result(ADMIN_TIMEOUT_S)
+    deadline = time.monotonic() + ADMIN_TIMEOUT_S
+    while True:  # a new partition has no leader at first
+        try:
+            end_offsets(rig, name)
+            return
+        except KafkaException:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
 
 
 def load(rig: Rig, run: str, count: int) -> Load:
