@@ -4,7 +4,7 @@ A connector does not sleep, retry, log, count or read a clock; the pipeline does
 outcomes and lets the rest reach `streams/runner.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -102,10 +102,13 @@ class Spec(Generic[Options, Secrets]):
         secrets: type[Secrets],
         example: Mapping[str, Any],
         codes: Mapping[str, str],
-        connect: "Callable[[TenantRef, DestinationId, Options, Secrets, Egress], Connector]",
+        connect: "Callable[[TenantRef, DestinationId, Options, Secrets, Egress, Set[int]], Connector]",
         generate: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        """`codes` maps each outcome code to its meaning; `generate` makes the secrets that none were given for."""
+        """`codes` maps each outcome code to its meaning; `generate` makes the secrets that none were given for.
+
+        `connect`'s last argument are the statuses of the destination's `retry.also`.
+        """
         self.kind = kind
         self.title = title
         self.feed = feed

@@ -1,0 +1,112 @@
+"""The webhook connector: one event, one signed POST, one outcome."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
+from typing import Final, TypeVar
+
+from connectors.contract import Batch, Batching, Feed, Spec, Step
+from connectors.egress import Egress
+from connectors.http.answer import Answer
+from connectors.http.tls import Identity
+from connectors.webhook import encode
+from connectors.webhook.classify import CODES, classify
+from connectors.webhook.options import MAX_TIMEOUT_S, Options, Secrets, generate_secrets, signing_key
+from schemas.delivery import Delivery
+from schemas.ids import DeliveryId, DestinationId, TenantRef
+from schemas.outcome import Outcome
+
+_BATCHING: Final = Batching(max_events=1, max_bytes=0, linger_s=0.0, max_in_flight=0, timeout_s=MAX_TIMEOUT_S)
+Given = TypeVar("Given")
+_STEPS: Final = ("resolve", "connect", "tls")
+
+
+class WebhookConnector:
+    """A `Direct` connector. Holds nothing but its head, its keys and its target: thousands of idle ones stay small."""
+
+    __slots__ = ("_fixed", "_retry_also", "_signer", "_target", "_timeout_s")
+
+    batching = _BATCHING
+
+    def __init__(
+        self, tenant: TenantRef, options: Options, secrets: Secrets, egress: Egress, retry_also: Set[int]
+    ) -> None:
+        identity = None
+        if secrets.client_cert is not None and secrets.client_key is not None:
+            identity = Identity(secrets.client_cert.get_secret_value(), secrets.client_key.get_secret_value())
+        self._target = egress.http.target(tenant, options.place, identity)
+        self._timeout_s = options.timeout_s
+        self._retry_also = retry_also
+        self._fixed = encode.fixed_headers({name: v.get_secret_value() for name, v in secrets.headers.items()})
+        self._signer = encode.Signer([signing_key(secret.get_secret_value()) for secret in secrets.signing])
+
+    async def open(self) -> None:
+        """Nothing to do: the first delivery dials."""
+
+    def start(self, delivery: Delivery, at_ms: int, done: Callable[[Outcome], None]) -> None:
+        """Begins one attempt. `done` is called once, from the event loop, never from inside `start`."""
+        content = encode.body(delivery.event)
+        headers = encode.headers(self._fixed, self._signer, delivery.id, delivery.attempt + 1, at_ms, content)
+
+        def answered(answer: Answer) -> None:
+            done(classify(answer, at_ms, self._retry_also))
+
+        self._target.post(headers, content, self._timeout_s, answered)
+
+    async def deliver(self, batch: Batch) -> Mapping[DeliveryId, Outcome]:
+        """The same through a future for each delivery, for those who have no lane."""
+        loop = asyncio.get_running_loop()
+        waiting: dict[DeliveryId, asyncio.Future[Outcome]] = {}
+        for delivery in batch.deliveries:
+            waiting[delivery.id] = loop.create_future()
+            self.start(delivery, batch.at_ms, partial(_give, waiting[delivery.id]))
+        return {ident: await outcome for ident, outcome in waiting.items()}
+
+    async def check(self) -> Sequence[Step]:
+        """Resolves, connects and shakes hands; sends no request, so the receiver's handler sees nothing."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._target.probe(self._timeout_s, partial(_give, answer))
+        found = await answer
+        names = _STEPS if self._target.place.tls else _STEPS[:-1]
+        if not found.fault:
+            return [Step(name, True) for name in names]
+        failed = names.index(found.step) if found.step in names else len(names) - 1
+        detail = f"{self._target.place.display}: {found.detail or CODES.get(found.fault, found.fault)}"
+        return [*(Step(name, True) for name in names[:failed]), Step(names[failed], False, detail)]
+
+    async def close(self) -> None:
+        await self._target.close()
+
+
+def _give(waiter: "asyncio.Future[Given]", value: Given) -> None:
+    """A waiter that was cancelled wants nothing any more."""
+    if not waiter.done():
+        waiter.set_result(value)
+
+
+def connect(
+    tenant: TenantRef,
+    destination: DestinationId,
+    options: Options,
+    secrets: Secrets,
+    egress: Egress,
+    retry_also: Set[int] = frozenset(),
+) -> WebhookConnector:
+    """Call it on the event loop that deliveries are to run on."""
+    return WebhookConnector(tenant, options, secrets, egress, retry_also)
+
+
+SPEC: Final = Spec(
+    kind="webhook",
+    title="Webhook",
+    feed=Feed.LANE,
+    options=Options,
+    secrets=Secrets,
+    example={
+        "options": {"url": "https://hooks.acme.example/in", "timeout": "15s"},
+        "secrets": {"signing": {"env": "ACME_SIGNING_SECRET"}, "headers": {"Authorization": {"env": "ACME_TOKEN"}}},
+    },
+    codes=CODES,
+    connect=connect,
+    generate=generate_secrets,
+)
