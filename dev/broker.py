@@ -25,6 +25,11 @@ from dev.jars import Say
 
 NODE_ID: Final = 1
 START_TIMEOUT_S: Final = 90
+ANSWER_TIMEOUT_S: Final = 1.0
+API_VERSIONS: Final = 18
+FIND_COORDINATOR: Final = 10
+GROUP: Final = 0
+TRANSACTION: Final = 1
 PROPERTIES_FILE: Final = "server.properties"
 LOG4J_FILE: Final = "log4j2.yaml"
 HEAP: Final = "-Xmx512m"
@@ -243,7 +248,7 @@ class Layout(Struct, frozen=True):
 
     @property
     def output(self) -> Path:
-        """What the virtual machine itself prints: empty unless something is wrong."""
+        """What the virtual machine itself has to say."""
         return self.home / "java.log"
 
 
@@ -279,25 +284,43 @@ def start(kit: Kit, layout: Layout, flags: Sequence[str] = ()) -> process.Proc:
 
 
 def wait_ready(running: process.Proc, layout: Layout) -> None:
-    """Return when the broker answers. Its port opens only when it can be used."""
-    if not wait.until(
-        lambda: answers(layout.port) or process.condition(running) is process.Condition.GONE, START_TIMEOUT_S
-    ):
-        raise BrokerError(f"Kafka did not answer within {START_TIMEOUT_S} s; {_last_words(layout)}")
+    """Return when the broker answers and knows its coordinators. Its port opens only when it can be used.
+
+    Asking for a coordinator makes the internal topics; else the first consumer of a new broker waits 3 s for them.
+    """
+
+    def ready_or_gone() -> bool:
+        ready = answers(layout.port) and all(_has_coordinator(layout.port, kind) for kind in (GROUP, TRANSACTION))
+        return ready or process.condition(running) is process.Condition.GONE
+
+    if not wait.until(ready_or_gone, START_TIMEOUT_S):
+        raise BrokerError(f"Kafka was not ready within {START_TIMEOUT_S} s; {_last_words(layout)}")
     if process.condition(running) is process.Condition.GONE:
         raise BrokerError(f"Kafka ended while it started; {_last_words(layout)}")
 
 
-def answers(port: int, timeout_s: float = 1.0) -> bool:
-    """Whether a Kafka answers there: one ApiVersions request, which also a paused process fails."""
-    request = struct.pack(">hhih", 18, 0, 1, -1)  # api key, version, correlation id, no client id
+def answers(port: int) -> bool:
+    """Whether a Kafka answers there, which also a paused process does not."""
+    return _ask(port, API_VERSIONS, 0, b"", answer_bytes=2) is not None
+
+
+def _has_coordinator(port: int, kind: int) -> bool:
+    name = b"headgate-dev"
+    answer = _ask(port, FIND_COORDINATOR, 1, struct.pack(">h", len(name)) + name + bytes([kind]), answer_bytes=6)
+    return answer is not None and answer[4:6] == b"\0\0"  # after the throttle time, the error code
+
+
+def _ask(port: int, api: int, version: int, body: bytes, *, answer_bytes: int) -> bytes | None:
+    """One request on a connection of its own; the first bytes of the answer behind its header, None if none comes."""
+    request = struct.pack(">hhih", api, version, 1, -1) + body  # correlation id 1, no client id
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout_s) as connection:
-            connection.settimeout(timeout_s)
+        with socket.create_connection(("127.0.0.1", port), ANSWER_TIMEOUT_S) as connection:
+            connection.settimeout(ANSWER_TIMEOUT_S)
             connection.sendall(struct.pack(">i", len(request)) + request)
-            return len(connection.recv(10, socket.MSG_WAITALL)) == 10
+            answer = connection.recv(8 + answer_bytes, socket.MSG_WAITALL)
     except OSError:
-        return False
+        return None
+    return answer[8:] if len(answer) == 8 + answer_bytes else None
 
 
 def _last_words(layout: Layout) -> str:
