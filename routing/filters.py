@@ -1,0 +1,178 @@
+"""The `where` of a route: a CEL expression over one event, compiled once, asked for each event.
+
+Owns what an expression can name (design, section 7) and where that comes from. The language itself is `routing/cel`,
+the decoding of documents `routing/documents.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import Final
+
+from routing.cel.check import DOCUMENT, INT, STRING, TIMESTAMP, Checker, Type, Variables
+from routing.cel.compile import Code, Compiler, Field, document_path
+from routing.cel.errors import FilterError, FilterFault
+from routing.cel.functions import parse_timestamp
+from routing.cel.syntax import Has, Macro, Node, children, parse
+from routing.cel.values import Scope, Timestamp, Value, kind
+from routing.documents import MAX_STEPS, Documents, Read, Root, documents
+from schemas.event import Event
+
+__all__ = ["VARIABLES", "Filter", "FilterError", "FilterFault", "compile_filter"]
+
+VARIABLES: Final[Mapping[str, Type]] = {
+    "id": STRING,
+    "type": STRING,
+    "source": STRING,
+    "aggregateId": STRING,
+    "occurredAt": TIMESTAMP,
+    "schemaVersion": INT,
+    "metadata": DOCUMENT,
+    # any JSON value, most often an object
+    "payload": Type("dyn"),
+}
+"""`source` and `aggregateId` are empty texts where the event has none."""
+
+_MAX_CACHED: Final = 2048
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+def _occurred_at(scope: Scope) -> Timestamp:
+    text = scope.event.occurredAt
+    try:
+        return parse_timestamp(text)
+    except FilterFault:
+        # ingress takes every form that Python reads: a space for the T, +0100
+        return Timestamp((datetime.fromisoformat(text) - _EPOCH) // _MICROSECOND * 1000)
+
+
+_EVENT_FIELDS: Final[Mapping[str, Code]] = {
+    "id": lambda scope: scope.event.eventId,
+    "type": lambda scope: scope.event.eventType,
+    "source": lambda scope: scope.event.source,
+    "aggregateId": lambda scope: scope.event.aggregateId,
+    "occurredAt": _occurred_at,
+    "schemaVersion": lambda scope: scope.event.schemaVersion,
+}
+
+
+def _root(name: str) -> Root | None:
+    match name:
+        case "payload" | "metadata":
+            return name
+    return None
+
+
+class _EventNames:
+    """The variables of a filter, read through one way of decoding."""
+
+    def __init__(self, through: Documents) -> None:
+        self._documents = through
+
+    @property
+    def types(self) -> Variables:
+        return VARIABLES
+
+    def read(self, name: str) -> Code:
+        root = _root(name)
+        return _EVENT_FIELDS[name] if root is None else self._documents.read(root)
+
+    def field(self, name: str, path: tuple[str, ...]) -> Field | None:
+        root = _root(name)
+        return None if root is None or not path else self._documents.field(root, path)
+
+    def present(self, name: str, path: tuple[str, ...]) -> Code | None:
+        root = _root(name)
+        return None if root is None else self._documents.present(root, path)
+
+
+def _named(node: Node, local: frozenset[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+    """What the expression reads: the variable, the keys under it, and whether its value or only its presence."""
+    known = dict.fromkeys(local)
+    path = document_path(node.operand if isinstance(node, Has) else node, VARIABLES, known)
+    if path is not None:
+        yield (path[0], (*path[1], node.field), False) if isinstance(node, Has) else (*path, True)
+        return
+    inner = local | {node.variable} if isinstance(node, Macro) else local
+    for child in children(node):
+        # the list that a macro goes over does not see the macro's variable
+        yield from _named(child, local if isinstance(node, Macro) and child is node.over else inner)
+
+
+class Filter:
+    """A checked and compiled expression. Immutable, shared between tenants that write the same."""
+
+    __slots__ = ("_code", "_documents", "_locals", "_tree", "_types", "fields", "reads", "source")
+
+    def __init__(
+        self,
+        source: str,
+        tree: Node,
+        types: Mapping[int, Type],
+        fields: tuple[str, ...],
+        reads: tuple[Read, ...],
+        through: Documents,
+    ) -> None:
+        compiler = Compiler(source, _EventNames(through), types)
+        self.source = source
+        self.fields = fields
+        """`payload.total`, `type`: what the expression looks at, sorted."""
+        self.reads = reads
+        self._tree = tree
+        self._types = types
+        self._documents = through
+        self._code: Callable[[Scope], Value] = compiler.code(tree, {})
+        self._locals = compiler.locals
+
+    def matches(self, event: Event) -> bool:
+        """Raises FilterFault where the expression cannot be evaluated on this event: then it does not match."""
+        return self.decide(self._documents.scope(event))
+
+    def decide(self, scope: Scope) -> bool:
+        """As `matches`, on an event whose documents were decoded by the Documents that this filter is bound to."""
+        scope.steps = MAX_STEPS
+        if self._locals:
+            scope.local = [None] * self._locals
+        try:
+            value = self._code(scope)
+        except RecursionError:
+            raise FilterFault("values are nested too deep to compare") from None
+        if value is True:
+            return True
+        if value is False:
+            return False
+        raise FilterFault(f"the expression gives {kind(value)}, not a bool")
+
+    def bound(self, through: Documents) -> "Filter":
+        """The same filter on documents that are decoded for several filters at once; they must cover its reads."""
+        if through is self._documents:
+            return self
+        return Filter(self.source, self._tree, self._types, self.fields, self.reads, through)
+
+    def __repr__(self) -> str:
+        return f"Filter({self.source!r})"
+
+
+@lru_cache(maxsize=_MAX_CACHED)
+def compile_filter(source: str) -> Filter:
+    """Parses, checks and compiles. Raises FilterError, with the place of the fault and a remedy.
+
+    Time and memory are bounded by the length of the text, which is bounded.
+    """
+    tree = parse(source)
+    checker = Checker(source, VARIABLES)
+    result = checker.of(tree, {})
+    if result.kind not in ("bool", "dyn"):
+        raise FilterError(
+            source, tree.at, f"the expression gives {result}, not a bool", "Compare it with something: … == …"
+        )
+    named = list(_named(tree, frozenset()))
+    fields = tuple(sorted({".".join((name, *path)) for name, path, _ in named}))
+    reads = tuple(Read(root, path, value) for name, path, value in named if (root := _root(name)) is not None)
+    return Filter(source, tree, checker.types, fields, reads, documents(reads))
+
+
+def documents_for(filters: Iterable[Filter]) -> Documents:
+    """One decoding for all of these filters."""
+    return documents([read for each in filters for read in each.reads])
