@@ -31,15 +31,16 @@ fmt: $(VENV)/.test ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: $(VENV)/.test locked ## lint, format, types, import floors, locks
+check: $(VENV)/.test locked ## lint, format, types, import floors, locks, generated pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m docs.generate --check
 	$(if $(CHECK_TESTS),$(BIN)/pytest $(CHECK_TESTS))
 
 # Compiled again with the lock as its starting point: differs only if pyproject.toml asks for something else.
 locked: $(VENV)/.test
-	@if grep -nE '://|index-url|find-links' dev/locks/*.txt dev/kafka-jars.lock; then \
+	@if grep -nE 'https?:|://|index-url|find-links' dev/locks/*.txt dev/kafka-jars.lock; then \
 		echo "dev/locks: an address of an index has got into a lock file" >&2; exit 1; fi
 	@now=$$(mktemp -d) && trap 'rm -rf "$$now"' EXIT && cp dev/locks/run.txt dev/locks/test.txt "$$now" \
 		&& $(UV) $(COMPILE) -o "$$now/run.txt" && $(UV) $(COMPILE_TEST) -o "$$now/test.txt" \
@@ -55,8 +56,8 @@ chaos: setup-test ## the full-size tests: kills, stalls, floods
 bench: setup-test ## deliveries per CPU-second beside two baselines, latency, memory
 	@$(BIN)/python -m bench
 
-docs: setup ## write the generated pages anew
-	@$(BIN)/python -m dev.docs
+docs: $(VENV)/.test ## write the generated pages anew: commands, metrics, connectors
+	@$(BIN)/python -m docs.generate
 
 lock: $(VENV)/.uv ## resolve pyproject.toml into dev/locks (keeps what is pinned; UPGRADE=1 takes the newest)
 	$(UV) $(COMPILE) $(if $(UPGRADE),--upgrade) -o dev/locks/run.txt
