@@ -1,0 +1,113 @@
+"""`headgate filter`: checks an expression as `apply` will, tries it on events as the worker will. Needs no broker."""
+
+from collections.abc import Iterator
+from time import time
+from typing import IO, Any, Final
+
+import click
+import msgspec
+from msgspec import Struct
+
+from cli.output import output_option, printable, say, show_json
+from routing.filters import FilterError, FilterFault, compile_filter
+from schemas.event import Event, Problem, decode_event
+from schemas.ids import ExternalId
+
+# the longest event that any setting lets through, and its envelope
+_MAX_LINE_BYTES: Final = 16 * 1024 * 1024
+
+
+class Tried(Struct):
+    """What the expression makes of one line. `result`: match, no match, error (of the expression) or no event."""
+
+    line: int
+    result: str
+    id: str = ""
+    type: str = ""
+    why: str = ""
+
+
+class _Named(Struct):
+    customerExternalId: str = "-"
+
+
+_decode_named = msgspec.json.Decoder(_Named).decode
+
+
+def _event(number: int, raw: bytes) -> Event | str:
+    """The event on a line, whosever it is, or why it is none."""
+    try:
+        tenant = ExternalId(_decode_named(raw).customerExternalId)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
+        return str(fault)[:300]
+    event = decode_event(raw, tenant, f"line-{number}", int(time() * 1000), _MAX_LINE_BYTES)
+    return event.detail if isinstance(event, Problem) else event
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while raw := stream.readline(_MAX_LINE_BYTES):
+        number += 1
+        if raw.strip():
+            yield number, raw.strip()
+
+
+@click.command()
+@click.argument("expression", metavar="EXPR")
+@click.option("-f", "--file", "file", type=click.File("rb"), metavar="FILE", help="One JSON event a line; - for stdin.")
+@output_option
+def command(expression: str, file: IO[bytes] | None, output: str) -> None:
+    r"""Check a filter (the `where` of a route), and try it on events.
+
+    \b
+    headgate filter 'payload.total > 100 && payload.country in ["CH", "DE"]'
+    headgate filter 'has(payload.vip) && payload.vip' -f events.ndjson
+
+    Variables: id type source aggregateId occurredAt schemaVersion metadata payload. A missing field is an error, and an
+    expression that errors on an event does not match it; has(payload.field) asks.
+
+    Exit 1 if the expression is at fault, or a line holds no event.
+    """
+    try:
+        found = compile_filter(expression)
+    except FilterError as fault:
+        if output == "json":
+            error = {"line": fault.line, "column": fault.column, "message": fault.message, "remedy": fault.remedy}
+            show_json({"expression": expression, "ok": False, "error": error})
+            raise click.exceptions.Exit(1) from None
+        raise click.ClickException(str(fault)) from None
+    shown: dict[str, Any] = {"expression": expression, "ok": True, "reads": list(found.fields)}
+    if output == "text":
+        say(f"ok; reads {', '.join(map(printable, found.fields)) or 'nothing of the event'}")
+    if file is None:
+        if output == "json":
+            show_json(shown)
+        else:
+            click.echo("ok")
+        return
+
+    counts = {"match": 0, "no match": 0, "error": 0, "no event": 0}
+    tried: list[Tried] = []
+    for number, raw in _lines(file):
+        each = Tried(number, "no event")
+        event = _event(number, raw)
+        if isinstance(event, str):
+            each.why = event
+        else:
+            each.id, each.type = event.eventId, event.eventType
+            try:
+                each.result = "match" if found.matches(event) else "no match"
+            except FilterFault as fault:
+                each.result, each.why = "error", str(fault)
+        counts[each.result] += 1
+        if output == "json":
+            tried.append(each)
+        else:
+            parts = (f"line {each.line}", each.id, each.type, f"{each.result}{': ' if each.why else ''}{each.why}")
+            click.echo("  ".join(printable(part) for part in parts if part))
+    if output == "json":
+        show_json({**shown, "counts": counts, "events": tried})
+    else:
+        say(", ".join(f"{count} {result}" for result, count in counts.items()))
+    if counts["no event"]:
+        raise click.exceptions.Exit(1)
