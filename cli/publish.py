@@ -1,0 +1,277 @@
+"""`headgate publish`: events from a file or from stdin, one JSON object a line, into the ingress topic.
+
+A line is checked as the worker will check it, so that a mistake is shown with its line number now and not as a dead
+letter later.
+"""
+
+import os
+from collections.abc import Iterator
+from time import monotonic, sleep, time
+from typing import IO, Final
+
+import click
+import msgspec
+from config.settings import Settings
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+from msgspec import Struct
+
+from cli.output import load_settings, output_option, say, show_json, tenant_option, told, vendor_option
+from config.document import parse_rate_per_s
+from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain
+from schemas.event import Problem, decode_event
+from schemas.ids import ExternalId, Vendor, external_id_problem
+
+SHOWN_FAULTS: Final = 20
+PROGRESS_EVERY_S: Final = 2.0
+FLUSH_TIMEOUT_S: Final = 60.0
+UNREACHABLE_AFTER_S: Final = 30.0
+
+
+class Line(Struct, frozen=True):
+    number: int
+    key: ExternalId
+    value: bytes
+
+
+class BadLine(Struct, frozen=True):
+    number: int
+    detail: str
+
+
+class Published(Struct):
+    published: int = 0
+    refused: int = 0
+    skipped: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class _Named(Struct):
+    customerExternalId: str = ""
+
+
+_decode_named = msgspec.json.Decoder(_Named).decode
+
+
+def read_line(number: int, raw: bytes, tenant: ExternalId | None, max_bytes: int) -> Line | BadLine | None:
+    """The event on a line, why it is none, or None for an empty line.
+
+    The record's key is the line's `customerExternalId`, else `tenant`. The value is the line as it stands.
+    """
+    value = raw.strip()
+    if not value:
+        return None
+    key = tenant
+    if key is None:
+        try:
+            key = ExternalId(_decode_named(value).customerExternalId)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
+            return BadLine(number, str(fault)[:300])
+        if not key:
+            return BadLine(number, "field customerExternalId: is missing; add it, or name the tenant with --tenant")
+        if (problem := external_id_problem(key)) is not None:
+            return BadLine(number, f"field customerExternalId: {problem}")
+    event = decode_event(value, key, f"line-{number}", int(time() * 1000), max_bytes)
+    if isinstance(event, Problem):
+        if event.code == "key_mismatch":
+            return BadLine(number, "field customerExternalId: differs from --tenant")
+        return BadLine(number, event.detail)
+    return Line(number, key, value)
+
+
+def read_lines(stream: IO[bytes], tenant: ExternalId | None, max_bytes: int) -> Iterator[Line | BadLine]:
+    """Lines may be as long as an event may be; a longer one is read in pieces and refused."""
+    limit = max_bytes + 64 * 1024
+    number = 0
+    while raw := stream.readline(limit):
+        number += 1
+        if len(raw) >= limit and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(limit)
+            yield BadLine(number, f"has more than {max_bytes} bytes")
+            continue
+        line = read_line(number, raw, tenant, max_bytes)
+        if line is not None:
+            yield line
+
+
+class _Publisher:
+    """An idempotent producer that keeps to a rate and counts what the broker acknowledged."""
+
+    def __init__(self, settings: Settings, topic: str, rate_per_s: float) -> None:
+        self.done = Published()
+        self._kafka = settings.kafka.confluent()
+        self._topic = topic
+        self._rate_per_s = rate_per_s
+        self._sent = 0
+        self._started = monotonic()
+        self._told = self._started
+        self._faults: list[str] = []
+        self._refusal: KafkaError | None = None
+        self._producer = Producer(
+            client_config(
+                {
+                    **self._kafka,
+                    "acks": "all",
+                    "enable.idempotence": True,
+                    "partitioner": "murmur2_random",
+                    "compression.type": "zstd",
+                    "linger.ms": 10,
+                    "message.max.bytes": settings.sizes.max_event_bytes + 64 * 1024,
+                    "queue.buffering.max.kbytes": 64 * 1024,
+                    "delivery.timeout.ms": int(UNREACHABLE_AFTER_S * 1000),
+                },
+                self._faults,
+            )
+        )
+
+    def send(self, line: Line) -> None:
+        """Raises `KafkaFault` once the broker has refused an event."""
+        self._pace()
+        while True:
+            try:
+                self._producer.produce(self._topic, line.value, line.key.encode(), on_delivery=self._acknowledged)
+                break
+            except BufferError:
+                self._producer.poll(0.1)
+            except KafkaException as exception:
+                raise explain(error_of(exception), f"write line {line.number}", self._kafka, self._faults) from None
+        self._sent += 1
+        self._producer.poll(0)
+        if self._refusal is not None:
+            raise explain(self._refusal, f"write to topic {self._topic}", self._kafka, self._faults)
+        self._progress()
+
+    def finish(self) -> Published:
+        """Waits until everything sent is acknowledged or refused."""
+        left = self._producer.flush(FLUSH_TIMEOUT_S)
+        self.done.seconds = round(monotonic() - self._started, 3)
+        self.done.refused += left
+        return self.done
+
+    def fault(self) -> KafkaFault | None:
+        """Why the broker refused events, if it did."""
+        if self._refusal is not None:
+            return explain(self._refusal, f"write to topic {self._topic}", self._kafka, self._faults)
+        return KafkaFault(f"{self.done.refused} events were not acknowledged") if self.done.refused else None
+
+    def _pace(self) -> None:
+        if self._rate_per_s:
+            while (due := self._started + self._sent / self._rate_per_s - monotonic()) > 0:
+                self._producer.poll(0)
+                self._progress()
+                sleep(min(due, 0.5))
+
+    def _acknowledged(self, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            self.done.published += 1
+            self.done.bytes += len(message.value() or b"")
+        else:
+            self.done.refused += 1
+            self._refusal = self._refusal or error
+
+    def _progress(self) -> None:
+        now = monotonic()
+        if now - self._told >= PROGRESS_EVERY_S:
+            self._told = now
+            say(f"{self.done.published} events published")
+
+
+@click.command()
+@click.option("-f", "--file", "file", required=True, metavar="FILE", help="One JSON event a line; - for stdin.")
+@click.option("--rate", metavar="RATE", help="At most so many: 100/s, 600/m.")
+@tenant_option("Whose events, where the lines do not say it (customerExternalId).")
+@vendor_option
+@click.option("--skip-bad", is_flag=True, help="Send the good lines although there are bad ones.")
+@output_option
+@told
+def command(
+    file: str, rate: str | None, tenant: ExternalId | None, vendor: Vendor, skip_bad: bool, output: str
+) -> None:
+    """Publish events from a file or from stdin.
+
+    \b
+    A line, at its shortest:
+      {"customerExternalId": "acme", "eventType": "invoice.paid", "payload": {"total": 12}}
+
+    Also: eventId, occurredAt, schemaVersion, idempotencyKey, source, aggregateId, metadata. The record's key is the
+    customerExternalId, its value the line as it stands.
+
+    A file is checked whole before anything is sent: with a bad line in it nothing is, unless --skip-bad. A stream from
+    stdin is sent as it comes, up to the first bad line.
+    """
+    try:
+        rate_per_s = parse_rate_per_s(rate) if rate else 0.0
+    except ValueError as fault:
+        raise click.BadParameter(str(fault), param_hint="--rate") from None
+    settings = load_settings()
+    max_bytes = settings.sizes.max_event_bytes
+    streaming = file == "-" or not os.path.isfile(file)
+    if not streaming:
+        _refuse_bad_file(file, tenant, max_bytes, skip_bad)
+    topic = settings.topics.ingress(vendor)
+    _refuse_missing_topic(settings, topic, vendor)
+    publisher = _Publisher(settings, topic, rate_per_s)
+    stopped: str | None = None
+    try:
+        with _opened(file) as stream:
+            for line in read_lines(stream, tenant, max_bytes):
+                if isinstance(line, Line):
+                    publisher.send(line)
+                    continue
+                if not skip_bad:
+                    stopped = f"{_shown(file)}:{line.number}: {line.detail}"
+                    break
+                publisher.done.skipped += 1
+                if streaming:
+                    say(f"skipped: {_shown(file)}:{line.number}: {line.detail}")
+    finally:
+        done = publisher.finish()
+        _report(done, output)
+    if (fault := publisher.fault()) is not None:
+        raise fault
+    if stopped is not None:
+        raise click.ClickException(f"{stopped}\nstopped there: {done.published} events were published before it")
+
+
+def _report(done: Published, output: str) -> None:
+    if output == "json":
+        show_json(done)
+        return
+    more = "".join(
+        f", {count} {what}" for count, what in ((done.skipped, "skipped"), (done.refused, "refused")) if count
+    )
+    click.echo(f"{done.published} events published{more} ({done.bytes} bytes, {done.seconds:.1f} s)")
+
+
+def _opened(file: str) -> IO[bytes]:
+    try:
+        return click.open_file(file, "rb")
+    except OSError as fault:
+        raise click.ClickException(f"cannot read {file}: {fault.strerror}") from None
+
+
+def _shown(file: str) -> str:
+    return "stdin" if file == "-" else file
+
+
+def _refuse_bad_file(file: str, tenant: ExternalId | None, max_bytes: int, skip_bad: bool) -> None:
+    bad = 0
+    with _opened(file) as stream:
+        for line in read_lines(stream, tenant, max_bytes):
+            if isinstance(line, BadLine):
+                bad += 1
+                if bad <= SHOWN_FAULTS:
+                    say(f"{file}:{line.number}: {line.detail}")
+    if bad > SHOWN_FAULTS:
+        say(f"… and {bad - SHOWN_FAULTS} more")
+    if bad and not skip_bad:
+        raise click.ClickException(f"{bad} bad lines: nothing was sent (--skip-bad sends the others)")
+
+
+def _refuse_missing_topic(settings: Settings, topic: str, vendor: Vendor) -> None:
+    _, partitions = connected_admin(settings.kafka.confluent())
+    if topic not in partitions:
+        raise KafkaFault(
+            f"topic {topic} does not exist: vendor {vendor} has no configuration yet; run `headgate apply` first"
+        )

@@ -1,0 +1,147 @@
+"""Kafka for commands: faults as sentences that name a remedy, and reading a topic to its end.
+
+For what runs once and answers a person. Workers have clients of their own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import monotonic
+from typing import Any, Final
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+CONNECT_TIMEOUT_S: Final = 10.0
+STALL_TIMEOUT_S: Final = 30.0
+
+_UNREACHABLE: Final = frozenset(
+    {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT}
+)
+_SECURITY: Final = frozenset({KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED})
+_DENIED: Final = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    }
+)
+
+
+class KafkaFault(Exception):
+    """Kafka did not do what a command needs. The text is for a person."""
+
+
+def client_config(kafka: Mapping[str, Any], faults: list[str] | None = None) -> dict[str, Any]:
+    """A client's configuration that keeps librdkafka's log off the terminal; what it complains of goes to `faults`."""
+    config = {**kafka, "log_level": 0, "socket.connection.setup.timeout.ms": 5000}
+    if faults is not None:
+        config["error_cb"] = lambda error: faults.append(error.str())
+    return config
+
+
+def explain(error: KafkaError, doing: str, kafka: Mapping[str, Any], faults: Sequence[str] = ()) -> KafkaFault:
+    """`doing` completes "cannot …", such as "write to topic headgate.control"."""
+    where = kafka.get("bootstrap.servers", "")
+    last = f" ({faults[-1]})" if faults else ""
+    code = error.code()
+    if code in _SECURITY or any("SSL" in fault or "SASL" in fault for fault in faults[-3:]):
+        return KafkaFault(
+            f"cannot {doing}: the broker at {where} refuses the connection: {error.str()}{last}; "
+            "check the HEADGATE_KAFKA_SECURITY_PROTOCOL, HEADGATE_KAFKA_SASL_… and HEADGATE_KAFKA_CA_FILE settings"
+        )
+    if code in _UNREACHABLE:
+        return KafkaFault(f"cannot {doing}: no broker answers at {where}{last}; check HEADGATE_KAFKA_BOOTSTRAP")
+    if code in _DENIED:
+        return KafkaFault(f"cannot {doing}: the broker does not allow it ({error.name()}); grant this user the right")
+    return KafkaFault(f"cannot {doing}: {error.str() or error.name()} ({error.name()})")
+
+
+def error_of(exception: KafkaException) -> KafkaError:
+    error: KafkaError = exception.args[0]
+    return error
+
+
+def connected_admin(kafka: Mapping[str, Any]) -> tuple[AdminClient, dict[str, int]]:
+    """An admin client that has reached the broker, and the partitions of each topic. Raises `KafkaFault`."""
+    faults: list[str] = []
+    try:
+        admin = AdminClient(client_config(kafka, faults))
+        listed = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
+    except KafkaException as exception:
+        raise explain(error_of(exception), "reach Kafka", kafka, faults) from None
+    return admin, {name: len(topic.partitions) for name, topic in listed.topics.items() if topic.error is None}
+
+
+def read_to_end(
+    kafka: Mapping[str, Any],
+    topics: Sequence[str],
+    group: str,
+    starts: Callable[[Consumer, list[TopicPartition]], list[TopicPartition]] = lambda _, partitions: partitions,
+) -> Iterator[Message]:
+    """Every committed record of the topics, from the earliest to the end; topics that do not exist are empty.
+
+    Records of a partition come in its order. No group is joined and nothing is committed: `group` only names the
+    reader. `starts` may move the partitions' first offsets, and leave some out. Raises `KafkaFault`, also where nothing
+    comes for 30 s.
+    """
+    faults: list[str] = []
+    consumer = Consumer(
+        client_config(
+            {
+                **kafka,
+                "group.id": group,
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "auto.offset.reset": "earliest",
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "fetch.wait.max.ms": 50,
+                "fetch.error.backoff.ms": 50,
+            },
+            faults,
+        )
+    )
+    try:
+        try:
+            listed = consumer.list_topics(timeout=CONNECT_TIMEOUT_S).topics
+            partitions = [
+                TopicPartition(name, partition, 0)
+                for name in topics
+                if name in listed and listed[name].error is None
+                for partition in listed[name].partitions
+            ]
+            if not partitions:
+                return
+            assigned = starts(consumer, partitions)
+            consumer.assign(assigned)
+        except KafkaException as exception:
+            raise explain(error_of(exception), "reach Kafka", kafka, faults) from None
+        yield from _until_end(consumer, {(p.topic, p.partition) for p in assigned}, kafka, faults)
+    finally:
+        consumer.close()
+
+
+def _until_end(
+    consumer: Consumer, open_ends: set[tuple[str, int]], kafka: Mapping[str, Any], faults: list[str]
+) -> Iterator[Message]:
+    deadline = monotonic() + STALL_TIMEOUT_S
+    while open_ends:
+        first = consumer.poll(0.2)
+        if first is None:
+            if monotonic() > deadline:
+                names = ", ".join(sorted({topic for topic, _ in open_ends}))
+                last = f" ({faults[-1]})" if faults else ""
+                raise KafkaFault(
+                    f"cannot read topic {names} to its end: nothing came for {STALL_TIMEOUT_S:g} s{last}; "
+                    "check HEADGATE_KAFKA_BOOTSTRAP and the brokers"
+                )
+            continue
+        deadline = monotonic() + STALL_TIMEOUT_S
+        for message in (first, *consumer.consume(1000, 0)):
+            error = message.error()
+            if error is None:
+                yield message
+            elif error.code() == KafkaError._PARTITION_EOF:
+                open_ends.discard((message.topic(), message.partition()))
+            elif not error.retriable() and error.code() not in _UNREACHABLE:
+                raise explain(error, f"read topic {message.topic()}", kafka, faults)
