@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import shutil
-import signal
 import socket
 import struct
 import subprocess
@@ -178,17 +177,17 @@ def prepare(cache: Path, say: Say) -> Kit:
             fcntl.flock(lock, fcntl.LOCK_EX)
         paths = tuple(jars.fetch_all(cache, say))
         bare = Kit(Path(JAVA), paths, ())
-        home = cache / "archives" / _archive_key(bare)
+        home = cache / "archives" / _archive_key(bare, cache)
         archive = (home / "base.jsa", home / "kafka.jsa")
         if not all(part.is_file() for part in archive):
-            say("preparing the broker's class archive, once (about 15 s)")
+            say("preparing the broker's class archive, once (5 to 15 s)")
             _make_archive(bare, home, say)
         return Kit(bare.java, bare.jars, archive if all(part.is_file() for part in archive) else ())
 
 
-def _archive_key(kit: Kit) -> str:
+def _archive_key(kit: Kit, home: Path) -> str:
     """Names what an archive depends on: the virtual machine refuses one whose jars moved or were touched since."""
-    parts = [str(kit.java), str(kit.java.stat().st_mtime_ns), *JVM]
+    parts = [str(home), str(kit.java), str(kit.java.stat().st_mtime_ns), *JVM]
     for path in kit.jars:
         stat = path.stat()
         parts += [str(path), str(stat.st_size), str(stat.st_mtime_ns)]
@@ -196,34 +195,33 @@ def _archive_key(kit: Kit) -> str:
 
 
 def _make_archive(kit: Kit, home: Path, say: Say) -> None:
-    """Dump the archives from a broker that is started once on throw-away data."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=home.parent))
+    """Dump the archives: the virtual machine's own classes, and on top those of a broker started on throw-away data.
+
+    The upper one records the path of the lower one, which is therefore made in its place; the upper one arrives last,
+    by a rename, so both are whole once it is there.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    base, whole, growing = home / "base.jsa", home / "kafka.jsa", home / "kafka.jsa.new"
+    work = Path(tempfile.mkdtemp(prefix="training-", dir=home))
+    layout = Layout(work, *wait.free_ports(2))
     try:
-        base = work / "base.jsa"
         subprocess.run(
             [str(kit.java), *JVM, "-Xshare:dump", f"-XX:SharedArchiveFile={base}"],
             check=True, capture_output=True, env=environment(), timeout=START_TIMEOUT_S,
         )  # fmt: skip
-        grown = Kit(kit.java, kit.jars, (base,))
-        port, controller_port = wait.free_ports(2)
-        layout = Layout(work / "broker", port, controller_port)
+        lower = Kit(kit.java, kit.jars, (base,))
         write_config(layout)
-        format_storage(grown, layout)
-        running = start(grown, layout, flags=(f"-XX:ArchiveClassesAtExit={work / 'kafka.jsa'}",))
+        format_storage(lower, layout)
+        running = start(lower, layout, flags=(f"-XX:ArchiveClassesAtExit={growing}",))
         try:
             wait_ready(running, layout)
-            process.send(running, signal.SIGTERM)
         finally:
             process.end(running, grace_s=START_TIMEOUT_S)
-        shutil.rmtree(layout.home)
-        if not (work / "kafka.jsa").is_file():
-            raise BrokerError("the virtual machine wrote no archive")
-        shutil.rmtree(home, ignore_errors=True)
-        work.rename(home)
-    except (BrokerError, subprocess.SubprocessError) as fault:
-        say(f"no class archive, the broker starts slower: {fault}")
+        growing.rename(whole)
+    except (BrokerError, OSError, subprocess.SubprocessError) as fault:
+        say(f"no class archive, so the broker starts slower: {fault}")
     finally:
+        growing.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
 
 

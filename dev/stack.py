@@ -45,6 +45,10 @@ class NotAStack(StackError):
     """The folder holds something else; nothing in it was touched."""
 
 
+class NoStack(StackError):
+    """There is nothing in that folder, or no longer."""
+
+
 class ServiceName(StrEnum):
     KAFKA = "kafka"
     REDIS = "redis"
@@ -166,19 +170,19 @@ def down(folder: Path, *, keep: bool = False, say: Say = quiet) -> bool:
     False if there is no stack in that folder. Raises `NotAStack` rather than delete anything else.
     """
     folder = folder.resolve()
-    if not folder.exists():
+    try:
+        with _ours(folder, create=False):
+            state = _load(folder)
+            for service, proc in state.processes.items() if state is not None else ():
+                # data that are deleted at once need no orderly end
+                process.end(proc, grace_s=END_GRACE_S if keep else 0)
+                say(f"{service} ended")
+            if not keep:
+                _delete(folder)
+            elif state is not None:
+                _save(folder, structs.replace(state, processes={}))
+    except NoStack:
         return False
-    with _ours(folder, create=False):
-        state = _load(folder)
-        if state is not None:
-            for service in reversed(ServiceName):
-                if (proc := state.processes.get(service)) is not None:
-                    # data that are deleted at once need no orderly end
-                    process.end(proc, grace_s=END_GRACE_S if keep else 0)
-                    say(f"{service} ended")
-            _save(folder, structs.replace(state, processes={}))
-        if not keep:
-            shutil.rmtree(folder)
     return True
 
 
@@ -239,7 +243,7 @@ def _ours(folder: Path, *, create: bool) -> Iterator[None]:
         except FileNotFoundError:  # deleted by a concurrent `down`
             if create:
                 continue
-            raise StackError(f"there is no stack in {folder} any more") from None
+            raise NoStack(f"there is no stack in {folder} any more") from None
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # whoever held the lock before may have deleted the folder, and the lock file with it
@@ -250,7 +254,7 @@ def _ours(folder: Path, *, create: bool) -> Iterator[None]:
             if current != os.fstat(lock.fileno()).st_ino:
                 if create:
                     continue
-                raise StackError(f"there is no stack in {folder} any more")
+                raise NoStack(f"there is no stack in {folder} any more")
             if create:
                 (folder / MARKER).write_text("This folder belongs to `headgate dev`, which deletes it on `dev down`.\n")
             yield
@@ -261,18 +265,29 @@ def _refuse_foreign(folder: Path, *, create: bool) -> None:
     if not folder.exists():
         if create:
             return
-        raise StackError(f"there is no stack in {folder}")
+        raise NoStack(f"there is no stack in {folder}")
     if not folder.is_dir():
         raise NotAStack(f"{folder} is not a folder")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in {LOCK, MARKER})
+    # asked after the listing: a concurrent `up` makes the marker before anything else but the lock
     if (folder / MARKER).is_file():
         return
-    others = [entry.name for entry in folder.iterdir() if entry.name != LOCK]
     if others or not create:
         raise NotAStack(
             f"{folder} is not a folder of `headgate dev` (it has no {MARKER}"
-            + (f" but {sorted(others)[0]!r}" if others else "")
+            + (f" but {others[0]!r}" if others else "")
             + "): nothing in it was touched. Name another by HEADGATE_DEV_DIR."
         )
+
+
+def _delete(folder: Path) -> None:
+    """Out of the way first, in one step: an `up` that waits for the lock must not find half a folder."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.deleted")
+    try:
+        folder.rename(aside)
+    except OSError:  # a mount point, or a parent that is not ours to write
+        aside = folder
+    shutil.rmtree(aside)
 
 
 def _load(folder: Path) -> State | None:
@@ -290,7 +305,7 @@ def _load(folder: Path) -> State | None:
 def _known(folder: Path) -> State:
     state = _load(folder.resolve())
     if state is None:
-        raise StackError(f"there is no stack in {folder}")
+        raise NoStack(f"there is no stack in {folder}")
     return state
 
 

@@ -165,6 +165,12 @@ def test_a_killed_broker_comes_back_on_its_port_with_its_data(running: Stack) ->
     assert read(running, "survives") == b"before the kill"
 
 
+def test_the_broker_starts_from_the_class_archive(running: Stack) -> None:
+    # a virtual machine that refuses an archive says nothing and starts in twice the time
+    broker = pids(running)["kafka"]
+    assert "/kafka.jsa\n" in Path(f"/proc/{broker}/maps").read_text()
+
+
 def test_up_starts_what_has_died_and_wakes_what_is_paused(running: Stack) -> None:
     before = pids(running)
     running.stop_redis(kill=True)
@@ -177,11 +183,15 @@ def test_up_starts_what_has_died_and_wakes_what_is_paused(running: Stack) -> Non
     assert pids(running)["redis"] != before["redis"]
 
 
-def test_concurrent_ups_make_one_stack(folder: Path) -> None:
+def test_concurrent_ups_make_one_stack_and_concurrent_downs_end_it(folder: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         stacks = list(pool.map(embedded.up, [folder] * 3))
-    assert stacks[0] == stacks[1] == stacks[2]
-    assert len(processes_of(folder)) == 2
+        assert stacks[0] == stacks[1] == stacks[2]
+        assert len(processes_of(folder)) == 2
+        ended = list(pool.map(embedded.down, [folder] * 3))
+    assert ended.count(True) == 1
+    assert processes_of(folder) == []
+    assert list(folder.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("whose", ["somebody else's", "ours"])
