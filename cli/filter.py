@@ -77,14 +77,14 @@ def command(expression: str, file: IO[bytes] | None, output: str) -> None:
             raise click.exceptions.Exit(1) from None
         raise click.ClickException(str(fault)) from None
     shown: dict[str, Any] = {"expression": expression, "ok": True, "reads": list(found.fields)}
-    if output == "text":
-        say(f"ok; reads {', '.join(map(printable, found.fields)) or 'nothing of the event'}")
+    reads = f"ok; reads {', '.join(map(printable, found.fields)) or 'nothing of the event'}"
     if file is None:
         if output == "json":
             show_json(shown)
         else:
-            click.echo("ok")
+            click.echo(reads)
         return
+    say(reads)
 
     counts = {"match": 0, "no match": 0, "error": 0, "no event": 0}
     tried: list[Tried] = []
