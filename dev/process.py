@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Final
 
 from msgspec import Struct
 
-POLL_S: Final = 0.02
+from dev import wait
+
+REAPED_WITHIN_S: Final = 1.0
 
 
 class Proc(Struct, frozen=True):
@@ -78,12 +79,17 @@ def end(proc: Proc, *, grace_s: float) -> None:
 
 
 def _gone_within(proc: Proc, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while condition(proc) is not Condition.GONE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(POLL_S)
+    if not wait.until(lambda: condition(proc) is Condition.GONE, seconds):
+        return False
+    # What is left of it in the table of processes looks alive to a careless eye. Its parent removes that, usually at
+    # once; there are parents that never do.
+    wait.until(lambda: not _listed(proc), REAPED_WITHIN_S)
     return True
+
+
+def _listed(proc: Proc) -> bool:
+    found = _start_and_state(proc.pid)
+    return found is not None and found[0] == proc.started
 
 
 def _threads_left(pid: int) -> bool:
