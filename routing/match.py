@@ -189,6 +189,10 @@ class RouteTable:
     def build(cls, routes: Iterable[Route]) -> "RouteTable":
         return cls(routes)
 
+    @property
+    def remembered_types(self) -> int:
+        return len(self._by_type)
+
     def match(self, event: Event) -> Matching:
         """Never fails: a filter that does is a verdict."""
         plan = self._by_type.get(event.eventType)
