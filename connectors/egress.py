@@ -226,6 +226,11 @@ class Egress:
             max_idle_connections=self._max_idle_connections,
         )
 
+    def close(self) -> None:
+        """Ends every connection of this door's client."""
+        if "http" in self.__dict__:
+            self.http.close()
+
     def rule(self, address: Address) -> Ruling:
         """A v4-mapped address is judged as the v4 address that would be dialled."""
         if address.version == 6:

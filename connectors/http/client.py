@@ -13,7 +13,7 @@ import socket
 import ssl
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from connectors.http.answer import Answer, Fault, Step
@@ -28,7 +28,16 @@ IDLE_S: Final = 60.0
 # One address of several may take this long to connect before the next is tried.
 ADDRESS_S: Final = 3.0
 EVENTS_PER_POLL: Final = 256
+# Idle connections that make room at once when descriptors run out.
+ROOM: Final = 16
 _OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+
+_LATE: Final[Mapping[Step, str]] = {
+    "resolve": "the name was not resolved in time",
+    "connect": "the connection was not made in time",
+    "tls": "the TLS handshake did not end in time",
+    "answer": "no complete answer in time",
+}
 
 Done = Callable[[Answer], None]
 
@@ -246,6 +255,8 @@ class HttpClient:
         self._dial(exchange)
 
     def _dial(self, exchange: Exchange) -> None:
+        if exchange.over:
+            return
         target = exchange.target
         place = target.place
         while exchange.addresses:
@@ -258,8 +269,8 @@ class HttpClient:
             except OSError as fault:
                 if fault.errno in _OUT_OF_RESOURCES:
                     if self._idle:
-                        next(iter(self._idle)).close()
-                        continue
+                        self._make_room(exchange)
+                        return
                     self._fail(exchange, "no_resources", fault.strerror or str(fault), "connect")
                     return
                 self._unreachable(exchange, fault.errno or 0)
@@ -269,6 +280,15 @@ class HttpClient:
                 return
             exchange.addresses = exchange.addresses[1:]
         self._fail(exchange, exchange.fault or "unreachable", exchange.detail, "connect")
+
+    def _make_room(self, exchange: Exchange) -> None:
+        """The process has no descriptor or port left: gives up the oldest idle connections, then dials again.
+
+        Later, because inside a poll a socket is closed only at its end.
+        """
+        for _ in range(min(ROOM, len(self._idle))):
+            next(iter(self._idle)).close()
+        self._loop.call_soon(self._dial, exchange)
 
     def _adopt(self, exchange: Exchange, made: socket.socket) -> None:
         connection = Connection(self, exchange, made)
@@ -315,7 +335,10 @@ class HttpClient:
         that was meant for the old one.
         """
         del self._connections[connection.fd]
-        self._epoll.unregister(connection.fd)
+        try:
+            self._epoll.unregister(connection.fd)
+        except OSError:
+            pass  # a TLS socket that failed while it was made has closed the descriptor itself
         self._connecting.pop(connection, None)
         target = connection.target
         if self._idle.pop(connection, None) is not None:
@@ -351,7 +374,7 @@ class HttpClient:
                 exchange = next(iter(deadlines))
                 if deadlines[exchange] > now:
                     break
-                self._abort(exchange, "timeout", "no complete answer in time")
+                self._abort(exchange, "timeout", _LATE[exchange.step])
         while self._connecting:
             connection = next(iter(self._connecting))
             if self._connecting[connection] > now:

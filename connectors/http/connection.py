@@ -286,6 +286,9 @@ class Connection:
         exchange = self.exchange
         assert exchange is not None
         status = self._status
+        if not 200 <= status < 600:
+            self._fault("protocol", "the answer's status is not one of HTTP")
+            return
         answer = Answer(
             status,
             "",
@@ -335,7 +338,7 @@ class Connection:
         if self._complete:
             return
         status = self._parser.get_status_code()
-        if status < 200:  # interim; 101 makes the parser raise: nobody asked for an upgrade
+        if 100 <= status < 200:  # interim; 101 makes the parser raise: nobody asked for an upgrade
             self._headers_done = False
             return
         self._status = status

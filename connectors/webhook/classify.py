@@ -20,7 +20,6 @@ CODES: Final = {
     "denied": "The receiver answered 401 or 403: it does not accept the headers or the signature.",
     "refused": "The receiver answered another 4xx.",
     "also": "The receiver answered a status that the destination lists in retry.also.",
-    "unexpected": "The receiver answered a status outside of 200 to 599.",
     "timeout": "No complete answer within the destination's timeout.",
     "dns": "The host's name does not resolve.",
     "connect_refused": "Nothing listens at the host's address and port.",
@@ -28,7 +27,7 @@ CODES: Final = {
     "reset": "The connection ended before the answer was complete.",
     "tls": "The TLS handshake failed: the certificate is invalid, expired, or for another name, or TLS is too old.",
     "client_certificate": "The client certificate and key of the destination cannot be used.",
-    "protocol": "The answer is not HTTP/1.1.",
+    "protocol": "The answer is not HTTP/1.1, or its status is none of 200 to 599.",
     "headers_too_large": "The answer's headers exceed 16 KiB.",
     "egress_blocked": "The host's address is not public, or http was used instead of https.",
     "no_resources": "The worker has no socket left. Ours to mend; costs no attempt.",
@@ -76,9 +75,7 @@ def _meaning(status: int) -> tuple[str, Fault, bool]:
                 return "server_error", "destination", True
             if 300 <= status < 400:
                 return "redirect", "destination", False
-            if 400 <= status < 500:
-                return "refused", "destination", False
-            return "unexpected", "destination", True
+            return "refused", "destination", False
 
 
 def _fault(answer: Answer) -> Outcome:

@@ -1,0 +1,147 @@
+"""What one webhook delivery costs through the connector: `python -m bench.http_client [--tls] [-n 100000]`.
+
+CPU of this process only, receiver in another: encode, sign, POST over a kept connection, classify. No Kafka, no Redis.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import socket
+import ssl
+import tempfile
+import time
+from ipaddress import ip_network
+from multiprocessing.synchronize import Event as Ready
+from pathlib import Path
+from typing import cast
+
+import trustme
+import uvloop
+from msgspec import Raw
+
+from connectors.egress import Egress
+from connectors.webhook.connector import WebhookConnector, connect
+from connectors.webhook.options import Options, Secrets, generate_secrets
+from schemas.delivery import Delivery
+from schemas.event import Event
+from schemas.ids import DeliveryId, DestinationId, ExternalId, TenantRef, Vendor
+from schemas.outcome import Outcome
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+
+class Receiver(asyncio.Protocol):
+    """Counts whole requests by their length and answers each; reads nothing else of them."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.buffer = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\r\n\r\n")) >= 0:
+            at = self.buffer.rfind(b"content-length: ", 0, end)
+            size = end + 4 + int(self.buffer[at + 16 : self.buffer.index(b"\r\n", at)])
+            if len(self.buffer) < size:
+                return
+            self.buffer = self.buffer[size:]
+            self.transport.write(ANSWER)
+
+
+def receive(listener: socket.socket, certificate: str | None, ready: Ready) -> None:
+    async def serve() -> None:
+        context = None
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+        server = await asyncio.get_running_loop().create_server(Receiver, sock=listener, ssl=context)
+        ready.set()
+        await server.serve_forever()
+
+    uvloop.run(serve())
+
+
+class Run:
+    def __init__(self, connectors: list[WebhookConnector], deliveries: list[Delivery], wanted: int) -> None:
+        self.connectors = connectors
+        self.deliveries = deliveries
+        self.wanted = wanted
+        self.started = 0
+        self.ended = 0
+        self.failed = 0
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def start(self) -> None:
+        number = self.started
+        self.started += 1
+        delivery = self.deliveries[number % len(self.deliveries)]
+        self.connectors[number % len(self.connectors)].start(delivery, 1_790_000_000_000, self.done)
+
+    def done(self, outcome: Outcome) -> None:
+        self.ended += 1
+        if outcome.verdict != "delivered":
+            self.failed += 1
+        if self.started < self.wanted:
+            self.start()
+        elif self.ended == self.wanted:
+            self.over.set_result(None)
+
+
+async def measure(url: str, ca_file: str | None, count: int, tenants: int, in_flight: int) -> None:
+    egress = Egress([ip_network("127.0.0.0/8")], ca_file=ca_file)
+    refs = [TenantRef(Vendor("default"), ExternalId(f"tenant-{i}")) for i in range(tenants)]
+    connectors = [
+        connect(ref, DestinationId("hook"), Options(url=url), Secrets.model_validate(generate_secrets()), egress)
+        for ref in refs
+    ]
+    payload = Raw(b'{"text":"' + b"x" * 900 + b'"}')
+    event = Event("invoice.paid", payload, "evt_1", "2026-11-21T09:30:00Z", "acme", 1, "evt_1")
+    deliveries = [
+        Delivery(refs[0], DestinationId("hook"), DeliveryId(f"dlv_{i:026}"), event, "t/0/0", 0, 1024)
+        for i in range(100)
+    ]
+    for wanted in (min(count, 5_000), count):  # the first round connects and warms up
+        opened = egress.http.opened
+        run = Run(connectors, deliveries, wanted)
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(min(in_flight, wanted)):
+            run.start()
+        await run.over
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    opened = egress.http.opened - opened
+    print(
+        f"{url.partition(':')[0]}: {cpu / count * 1e6:.1f} us of CPU a delivery, {count / cpu:,.0f} per CPU-second, "
+        f"{count / wall:,.0f}/s; {run.failed} failed, {opened} connections opened, {1 - opened / count:.2%} reused"
+    )
+    egress.http.close()
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__)
+    parse.add_argument("--tls", action="store_true")
+    parse.add_argument("-n", type=int, default=100_000, help="deliveries")
+    parse.add_argument("--tenants", type=int, default=50)
+    parse.add_argument("--in-flight", type=int, default=128)
+    given = parse.parse_args()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = listener.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        ca_file = certificate = None
+        if given.tls:
+            authority = trustme.CA()
+            ca_file, certificate = f"{folder}/ca.pem", f"{folder}/server.pem"
+            authority.cert_pem.write_to_path(ca_file)
+            authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
+            Path(certificate).chmod(0o600)
+        ready = multiprocessing.Event()
+        receiver = multiprocessing.Process(target=receive, args=(listener, certificate, ready), daemon=True)
+        receiver.start()
+        ready.wait()
+        url = f"{'https' if given.tls else 'http'}://127.0.0.1:{port}/in"
+        uvloop.run(measure(url, ca_file, given.n, given.tenants, given.in_flight))
+        receiver.terminate()
+        receiver.join()
+
+
+if __name__ == "__main__":
+    main()
