@@ -1,5 +1,7 @@
 """The records of `headgate.<vendor>.attempts`: what was routed, and how each attempt ended (design, section 5)."""
 
+from collections.abc import Sequence
+
 import msgspec
 from msgspec import Struct
 
@@ -30,7 +32,7 @@ class EventRecord(Struct, gc=False, omit_defaults=True, tag_field="kind", tag="e
     worker: str
     correlationId: str = ""
     configVersion: int = 0
-    routes: list[RouteVerdict] = []
+    routes: Sequence[RouteVerdict] = ()
     deliveries: dict[str, str] = {}
     sealed: bytes | None = None
 
@@ -39,7 +41,7 @@ class AttemptRecord(Struct, gc=False, omit_defaults=True, tag_field="kind", tag=
     """How one attempt, or the lack of one, ended.
 
     `route` names the routes that led here, comma-separated, on the first attempt. `attempt` counts from 1. `code` is
-    the outcome's code (`recovered`: the ledger knew the delivery as done). `nextAt` is set where another attempt follows.
+    the outcome's code (`recovered`: the ledger knew the delivery as done). `nextAt` is set where another one follows.
     `sealed` holds the `SealedAnswer`.
     """
 

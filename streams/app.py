@@ -1,0 +1,362 @@
+"""The worker: its parts, how they start, how they stop. Run by `headgate worker`.
+
+Start: topics, tenant registry caught up, lanes, ledger, outbox, then the Faust app with the route agent, and the retry
+pump. Stop (SIGTERM): fetching ends, what is in flight ends, what waits is parked, all of it is settled and committed;
+at most `shutdown_timeout_s`. A second signal ends at once. Exit 0: all settled; 1: a fault, or not all in time.
+"""
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Final
+
+import faust
+import structlog
+import uvloop
+from config.logs import configure_logs
+from config.registry import Registry
+from config.settings import KafkaSettings, Settings
+from config.vault import MasterKeys
+
+from config.provision import provision, topic_ids
+from connectors.egress import Egress
+from schemas.topics import base_topics, record_bytes
+from streams.compiled import Tenants
+from streams.control import ControlReader
+from streams.health import Health
+from streams.ingress import Router
+from streams.lanes import Lanes, LaneSettings
+from streams.ledger import Ledger
+from streams.metrics import Metrics, registry_for
+from streams.outbox import Outbox
+from streams.pump import Pump
+from streams.retry import Retries
+from streams.settle import Settle
+from streams.transport import Hooks, SafeApp, TopicPartition, fetch_of, safe_app
+
+log = structlog.get_logger()
+
+WATCH_S: Final = 0.1
+BROKER_AWAY_S: Final = 5.0
+BROKER_AWAY_BYTES: Final = 64 * 2**20
+AVERAGES_EVERY_S: Final = 10.0
+LAST_WRITES_S: Final = 4.0  # kept back from the shutdown's time for the last acknowledgements and commits
+
+
+def product_version() -> str:
+    try:
+        return version("headgate")
+    except PackageNotFoundError:
+        return "dev"
+
+
+def run_worker(settings: Settings) -> int:
+    """Runs until a signal or a fatal fault. The exit code."""
+    configure_logs(settings.log)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Worker(settings).run())
+
+
+def _credentials(kafka: KafkaSettings) -> Any:
+    """The broker's credentials as Faust takes them."""
+    context = kafka.ssl_context() if kafka.encrypted else None
+    if kafka.sasl and kafka.sasl_password is not None:
+        password = kafka.sasl_password.get_secret_value()
+        return faust.SASLCredentials(
+            username=kafka.sasl_username, password=password, mechanism=kafka.sasl_mechanism, ssl_context=context
+        )
+    return faust.SSLCredentials(context) if context is not None else None
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._name = settings.worker.id or f"{socket.gethostname()}-{os.getpid()}"
+        self._vendors = {settings.topics.ingress(vendor): vendor for vendor in settings.vendors}
+        self._assigned: frozenset[TopicPartition] = frozenset()
+        self._had_assignment = False
+        self._stopping = False
+        self._broker_away = False
+
+    async def run(self) -> int:
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[BaseException | None] = loop.create_future()
+        self._signals(loop)
+        self._build(await self._topics())
+        await self._health.start()
+        log.info("worker_starting", worker=self._name, http_port=self._health.port, version=product_version())
+        tasks = [loop.create_task(self._reader.run(), name="control")]
+        await self._first(self._reader.caught_up.wait())
+        if not self._ended.done():
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(50_000, 50, 100)
+            tasks += [
+                loop.create_task(self._router.rounds(), name="rounds"),
+                loop.create_task(self._watch(), name="watch"),
+            ]
+            for task in tasks:
+                task.add_done_callback(self._task_ended)
+            self._lanes.start(self._settle)
+            await self._restore_averages()
+            await self._pump.start()
+            await self._app.start()
+            log.info("worker_started", worker=self._name, tenants=len(self._tenants))
+        reason = await self._ended
+        self._stopping = True
+        loop.add_signal_handler(signal.SIGTERM, lambda: os._exit(1))
+        loop.add_signal_handler(signal.SIGINT, lambda: os._exit(1))
+        code = await self._stop(settings.worker.shutdown_timeout_s, reason)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        log.info("worker_stopped", worker=self._name, exit=code)
+        return code
+
+    # ---------------------------------------------------------------- the parts
+
+    async def _topics(self) -> dict[str, str]:
+        """Makes the base topics where they are missing; the first 8 hex digits of each ingress topic's id."""
+        loop = asyncio.get_running_loop()
+        settings = self._settings
+        specs = base_topics(settings.topics, settings.vendors, settings.sizes)
+
+        def make() -> dict[str, str]:
+            kafka = settings.kafka.confluent()
+            factor = settings.replication_factor
+            say = partial(log.info, "topics")
+            provision(kafka, specs, replication_factor=factor, grow=frozenset(), say=lambda note: say(note=note))
+            return topic_ids(kafka, list(self._vendors))
+
+        return await loop.run_in_executor(None, make)
+
+    def _build(self, ids: Mapping[str, str]) -> None:
+        settings = self._settings
+        worker = settings.worker
+        self._metrics = Metrics(
+            tenant_label=worker.tenant_label, type_label=worker.type_label, version=product_version()
+        )
+        self._registry = Registry(MasterKeys.load(settings.keys), settings.topics)
+        self._reader = ControlReader(settings, self._registry)
+        egress = Egress(settings.egress_allow, on_blocked=lambda _: self._count_blocked())
+        lanes = self._lanes = Lanes(
+            LaneSettings(worker.in_flight, worker.memory_budget_bytes, worker.memory_budget_bytes // 4),
+            egress,
+            self._metrics,
+        )
+        self._ledger = Ledger(
+            settings.redis.url,
+            dedupe_ttl_s=settings.redis.dedupe_ttl_s,
+            ledger_ttl_s=settings.redis.ledger_ttl_s,
+            deadline_s=settings.redis.deadline_s,
+            off_s=settings.redis.off_s,
+            on_error=self._count_ledger_error,
+        )
+        largest = record_bytes(settings.sizes.max_event_bytes)
+        self._outbox = Outbox(settings.kafka.confluent(), largest)
+        self._settle = Settle(
+            self._outbox,
+            self._ledger,
+            self._metrics,
+            settings.topics,
+            tiers_s=settings.sizes.retry_tiers_s,
+            worker=self._name,
+            released=lanes.release,
+        )
+        prefix = settings.topics.prefix
+        self._tenants = Tenants(self._registry, lanes, self._metrics, prefix, self._reader.read_to_end)
+        retries = Retries(
+            self._tenants,
+            lanes,
+            self._settle,
+            self._ledger,
+            self._metrics,
+            settings.topics,
+            settings.sizes.retry_tiers_s,
+        )
+        self._pump = Pump(settings, on_due=retries.due, on_move=retries.move)
+        lanes.other_held_bytes = lambda: self._pump.held_bytes + self._outbox.unacknowledged_bytes
+        self._app = self._faust(largest)
+        self._router = Router(
+            self._app.reader,
+            self._tenants,
+            lanes,
+            self._settle,
+            self._ledger,
+            self._metrics,
+            vendors=self._vendors,
+            topic_ids=dict(ids),
+            max_event_bytes=settings.sizes.max_event_bytes,
+            worker=self._name,
+        )
+        self._wire_metrics()
+        self._health = Health(
+            registry_for(self._metrics),
+            host="0.0.0.0",
+            port=worker.http_port,
+            ready=self._not_ready,
+            alive=self._not_alive,
+        )
+
+    def _faust(self, largest: int) -> SafeApp:
+        settings = self._settings
+        app = safe_app(
+            group=settings.topics.group("route"),
+            bootstrap=settings.kafka.bootstrap,
+            datadir=Path(mkdtemp(prefix="headgate-")),
+            max_record_bytes=largest,
+            instance_id=settings.worker.id,
+            client_id=f"headgate-{self._name}",
+            credentials=_credentials(settings.kafka),
+            commit_interval_s=settings.worker.commit_interval_s,
+            hooks=Hooks(on_assigned=self._on_assigned, on_revoked=self._on_revoked, on_fatal=self._end),
+        )
+        for topic, vendor in self._vendors.items():
+            app.agent(app.source_topic(topic), name=f"route-{vendor}")(self._route)
+        return app
+
+    async def _route(self, stream: Any) -> None:
+        """The route agent: one Faust event is one fetch of one partition."""
+        async for event in stream.noack().events():
+            await self._router.take(fetch_of(event))
+
+    # ---------------------------------------------------------------- watching the broker and the parts
+
+    async def _watch(self) -> None:
+        """Rule 7: with the broker away nothing can be settled, so nothing is fetched and no attempt starts."""
+        kept_at = time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            outbox = self._outbox
+            away = outbox.unacknowledged_bytes > BROKER_AWAY_BYTES or outbox.unacknowledged_for_s() > BROKER_AWAY_S
+            if away != self._broker_away:
+                self._broker_away = away
+                log.warning("broker_away" if away else "broker_back", unacknowledged=outbox.unacknowledged_bytes)
+                if away:
+                    self._app.reader.pause_fetch("broker")
+                    self._pump.pause("broker")
+                    self._lanes.stop_starting("broker")
+                else:
+                    self._app.reader.resume_fetch("broker")
+                    self._pump.resume("broker")
+                    self._lanes.go_on("broker")
+            if time.monotonic() - kept_at > AVERAGES_EVERY_S:
+                kept_at = time.monotonic()
+                await self._keep_averages()
+
+    def _average_key(self, name: str) -> str:
+        return f"{self._settings.topics.prefix}:average:{name}"
+
+    async def _keep_averages(self) -> None:
+        await self._restore_averages()
+        kept = {self._average_key(name): value for name, value in self._metrics.averages_to_keep().items()}
+        await self._ledger.write(kept)
+
+    async def _restore_averages(self) -> None:
+        """What an earlier process learnt, for every average that is younger than that."""
+        names = [name for name, _ in self._metrics.unknown_averages()]
+        values = await self._ledger.read([self._average_key(name) for name in names])
+        if values is not None:
+            self._metrics.restore_averages(dict(zip(names, values, strict=True)))
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and not self._stopping:
+            self._end(task.exception() or RuntimeError(f"{task.get_name()} ended"))
+
+    def _count_blocked(self) -> None:
+        self._metrics.egress_blocked += 1
+
+    def _count_ledger_error(self) -> None:
+        self._metrics.ledger_errors += 1
+
+    def _wire_metrics(self) -> None:
+        metrics = self._metrics
+        metrics.lanes = self._lanes.gauges
+        metrics.lag = self._lags
+        metrics.gauges = {
+            "headgate_held_bytes": lambda: self._lanes.held_bytes + self._lanes.other_held_bytes(),
+            "headgate_retry_due": lambda: self._pump.due_waiting,
+            "headgate_control_offset": lambda: self._reader.offset,
+        }
+
+    def _lags(self) -> Iterable[tuple[str, int, float, float]]:
+        now_ms = int(time.time() * 1000)
+        for lag in self._app.reader.lags(now_ms):
+            age_s = max(0, now_ms - lag.oldest_at_ms) / 1000 if lag.oldest_at_ms is not None else 0.0
+            yield lag.topic, lag.partition, lag.unread + lag.unsettled, age_s
+
+    # ---------------------------------------------------------------- readiness
+
+    def _on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
+        self._assigned = partitions
+        self._had_assignment = True
+
+    def _on_revoked(self, partitions: frozenset[TopicPartition]) -> None:
+        self._assigned = self._assigned - partitions
+
+    def _not_ready(self) -> dict[str, str]:
+        missing: dict[str, str] = {}
+        if not self._reader.caught_up.is_set():
+            missing["control"] = "the tenant registry has not caught up"
+        if not self._had_assignment:
+            missing["ingress"] = "no assignment of " + ", ".join(self._vendors)
+        if not self._pump.joined:
+            missing["retry"] = "the retry pump has not joined its group"
+        if self._stopping:
+            missing["stopping"] = "the worker is shutting down"
+        return missing
+
+    def _not_alive(self) -> dict[str, str]:
+        """What a restart would mend. A broker that is away is not among it."""
+        return {"fatal": "a part of the worker has failed"} if self._ended.done() and not self._stopping else {}
+
+    # ---------------------------------------------------------------- the end
+
+    def _signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end, None)
+
+    def _end(self, reason: BaseException | None) -> None:
+        if reason is not None:
+            log.error("worker_fault", fault=str(reason) or type(reason).__name__)
+        if not self._ended.done():
+            self._ended.set_result(reason)
+
+    async def _first(self, awaitable: Any) -> None:
+        """Waits for one thing, or for the end."""
+        waiting = asyncio.ensure_future(awaitable)
+        await asyncio.wait({waiting, self._ended}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+
+    async def _stop(self, timeout_s: float, reason: BaseException | None) -> int:
+        """Stops fetching, lets what is in flight end, parks the rest, commits. 0 only if all of it was settled."""
+        last_resort = threading.Timer(timeout_s, os._exit, (1,))
+        last_resort.daemon = True
+        last_resort.start()
+        log.info("worker_stopping", in_flight=self._lanes.in_flight, queued=self._lanes.queued)
+        patience_s = max(1.0, timeout_s - LAST_WRITES_S)
+        self._lanes.drain()
+        settled = True
+        if self._app.started:
+            drained = await asyncio.gather(self._app.reader.drain(patience_s), self._pump.drain(patience_s))
+            settled = all(drained) and await self._outbox.flushed(1.0)
+            await self._pump.close()
+            await self._app.stop()
+        await self._keep_averages()
+        await self._lanes.close()
+        await self._ledger.close()
+        await self._health.stop()
+        last_resort.cancel()
+        return 0 if settled and reason is None else 1

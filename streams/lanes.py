@@ -1,0 +1,491 @@
+"""Lanes: where a delivery to a webhook waits, is started, and ends. One a destination, made when it is first needed.
+
+Owns the bounds of waiting (design, section 3, rules 1 and 5 to 8): the queue, the in-flight cap, the rate, the breaker,
+the fair share of the worker's IN_FLIGHT and of its memory. What has no room is parked, never waited for. Plain
+synchronous code, driven by `admit`, by the ends of attempts, and by one tick of 100 ms: no task, future or timer a delivery.
+"""
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Final, cast
+
+import structlog
+from msgspec import Struct
+
+from config.registry import Destination, open_secrets
+from config.secret_fields import assemble
+from connectors.contract import Connector, Direct, Feed
+from connectors.egress import Egress
+from connectors.registry import KINDS
+from routing.breaker import Breaker
+from routing.share import SLOW_S, Rate, Seat, Share
+from schemas.ids import DestinationId
+from schemas.outcome import Outcome
+from streams.flight import Flight
+from streams.metrics import Meter, Metrics
+from streams.runner import start_direct
+
+if TYPE_CHECKING:
+    from streams.compiled import CompiledTenant
+    from streams.settle import Settle
+
+log = structlog.get_logger()
+
+TICK_S: Final = 0.1
+QUEUE_AGE_S: Final = 5.0  # nothing waits longer in a lane (rule 5)
+BACKED_UP_S: Final = 0.5  # a lane whose head is older is slower than what comes in, whatever the cause
+BACKED_UP_BOUND: Final = 64  # and holds no more than this many
+QUEUE_BOUND: Final = 4096
+ENOUGH_QUEUED: Final = 3000  # in lanes that keep up; beyond, the worker itself is the bottleneck and fetches less
+CLOSING_STATUSES: Final = frozenset({429, 503})
+
+
+class LaneSettings(Struct, frozen=True):
+    in_flight: int
+    memory_budget_bytes: int
+    flying_budget_bytes: int
+
+
+class Lane:
+    """One destination of one tenant, in this worker."""
+
+    __slots__ = (
+        "backed_up",
+        "backlog",
+        "breaker",
+        "closed_until",
+        "connector",
+        "destination",
+        "disabled",
+        "done_count",
+        "done_rate",
+        "done_since",
+        "id",
+        "meter",
+        "owner",
+        "queue",
+        "queued_bytes",
+        "rate",
+        "ready",
+        "record",
+        "removed",
+        "seat",
+        "secrets_until_ms",
+    )
+
+    def __init__(self, owner: "CompiledTenant", destination: Destination, meter: Meter) -> None:
+        self.owner = owner
+        self.destination = destination
+        self.record = destination.record
+        self.id = DestinationId(destination.record.id)
+        self.meter = meter
+        self.queue: deque[Flight] = deque()
+        self.queued_bytes = 0
+        self.seat = Seat()  # what it has in flight
+        self.ready = False  # in the ring, or waiting for its rate
+        self.backed_up = False
+        self.backlog = 0  # parked by this worker for want of room, less those that came back
+        self.done_count = 0
+        self.done_since = 0.0
+        self.done_rate = 0.0
+        self.closed_until = 0.0
+        self.breaker = Breaker()
+        self.connector: Connector | None = None
+        self.secrets_until_ms = 0
+        self.removed = False
+        self.configure(owner, destination)
+
+    def configure(self, owner: "CompiledTenant", destination: Destination) -> Connector | None:
+        """Takes on a new configuration; returns the connector that it replaces, for the caller to close."""
+        old = self.connector if self.connector is not None and destination.record != self.record else None
+        if old is not None:
+            self.connector = None
+        self.owner = owner
+        self.destination = destination
+        self.record = destination.record
+        self.disabled = destination.disabled
+        rate = self.record.limits.rate_per_s
+        self.rate = Rate(rate) if rate else None
+        return old
+
+    def completed(self, now: float) -> None:
+        """Keeps the recent rate of ended attempts, per second."""
+        self.done_count += 1
+        elapsed = now - self.done_since
+        if elapsed >= 1.0:
+            self.done_rate = self.done_count / elapsed if elapsed < 10.0 else 0.0
+            self.done_count = 0
+            self.done_since = now
+
+
+class Lanes:
+    """All lanes of a worker. `admit` takes deliveries; `settle` is told how each one ended."""
+
+    def __init__(self, settings: LaneSettings, egress: Egress, metrics: Metrics) -> None:
+        self._settings = settings
+        self._egress = egress
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._share = Share(settings.in_flight, settings.flying_budget_bytes)
+        self._flights: dict[str, Flight] = {}
+        self._ring: deque[Lane] = deque()
+        self._rated: list[Lane] = []  # ready, but their rate lets nothing through before the next tick
+        self._denied: list[Lane] = []  # ready, nothing in flight, and the share lets them start nothing now
+        self._waiting: dict[Lane, None] = {}  # lanes with a queue
+        self._young: dict[int, Flight] = {}  # in the order of their start, until they end or are slow
+        self._lanes: dict[Lane, None] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._kicked = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._held_for: set[str] = set()
+        self._draining = False
+        self.queued = 0
+        self._backed_up = 0  # of them, in lanes that do not keep up
+        self.held_bytes = 0
+        self.other_held_bytes: Callable[[], int] = lambda: 0
+        self.room = asyncio.Event()
+        self.room.set()
+        self._settle: Settle
+
+    def start(self, settle: "Settle") -> None:
+        self._settle = settle
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    # ---------------------------------------------------------------- configuration
+
+    def lane(self, owner: "CompiledTenant", destination: Destination) -> Lane:
+        meter = self._metrics.meter(owner.ref, owner.tag, destination.record.type)
+        lane = Lane(owner, destination, meter)
+        self._lanes[lane] = None
+        return lane
+
+    def reconfigure(self, lane: Lane, owner: "CompiledTenant", destination: Destination | None) -> None:
+        """The tenant's configuration changed. None: the destination is gone; what waits becomes dead letters."""
+        if destination is None:
+            lane.owner = owner
+            lane.removed = True
+            self._close(lane.connector)
+            lane.connector = None
+            self._lanes.pop(lane, None)
+        else:
+            self._close(lane.configure(owner, destination))
+        if lane.removed or lane.disabled or lane.record.held:
+            for flight in self._take_all(lane):
+                self._turn_away(flight)
+
+    def _close(self, connector: Connector | None) -> None:
+        if connector is not None:
+            task = self._loop.create_task(connector.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    # ---------------------------------------------------------------- admission
+
+    def admit(self, flight: Flight) -> None:
+        """Takes a delivery on: into its lane's queue, to the retry topic, or to the copy that is in flight already."""
+        flying = self._flights.get(flight.key)
+        if flying is not None and flight.delivery.hop <= flying.delivery.hop:
+            if flying.joined is None:
+                flying.joined = []
+            flying.joined.append((flight.source, flight.offset))
+            return
+        self.hold(flight)
+        lane = flight.lane
+        if lane.removed or lane.disabled or lane.record.held or self._draining:
+            self._turn_away(flight)
+            return
+        now = time.monotonic()
+        if lane.closed_until > now:
+            self._settle.park(flight, "retry_after", _wall_ms(lane.closed_until - now))
+            return
+        if not lane.breaker.allows(now):
+            self._settle.park(flight, "breaker", _wall_ms(lane.breaker.open_until - now))
+            return
+        queue = lane.queue
+        if queue and len(queue) >= (BACKED_UP_BOUND if lane.backed_up else QUEUE_BOUND):
+            self._park_for_room(flight)
+            return
+        if not queue:
+            self._waiting[lane] = None
+        flight.queued_at = now
+        queue.append(flight)
+        lane.queued_bytes += flight.delivery.size
+        self.queued += 1
+        if lane.backed_up:
+            self._backed_up += 1
+        if not lane.ready:
+            lane.ready = True
+            self._ring.append(lane)
+        if self.held_bytes + self.other_held_bytes() > self._settings.memory_budget_bytes:
+            self._relieve()
+
+    def hold(self, flight: Flight) -> None:
+        """Counts a delivery among what this worker has, until `release`."""
+        self._flights[flight.key] = flight
+        self.held_bytes += flight.delivery.size
+
+    def release(self, flight: Flight) -> None:
+        """Settled: nothing of it is held any more."""
+        self.held_bytes -= flight.delivery.size
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
+
+    def _turn_away(self, flight: Flight) -> None:
+        """No attempt: the destination takes nothing now, or never will."""
+        lane = flight.lane
+        if lane.removed:
+            self._settle.dead(flight, "destination_removed", "", "the destination was removed from the configuration")
+        elif lane.disabled:
+            detail = "the destination answered 410 and is disabled until its options change or it is enabled"
+            self._settle.dead(flight, "destination_disabled", "destination", detail)
+        elif lane.record.held:
+            self._settle.park(flight, "suspended")
+        else:
+            self._settle.park(flight, "draining")
+
+    def _park_for_room(self, flight: Flight) -> None:
+        """Its own reason ends when what is parked has gone through at the destination's recent rate."""
+        lane = flight.lane
+        lane.backlog += 1
+        until_ms = _wall_ms(lane.backlog / lane.done_rate) if lane.done_rate else 0
+        self._settle.park(flight, "lane_full" if lane.rate is None else "rate", until_ms)
+
+    def came_back(self, lane: Lane) -> None:
+        """A parked delivery of the lane is due again."""
+        if lane.backlog:
+            lane.backlog -= 1
+
+    def _take_all(self, lane: Lane) -> list[Flight]:
+        flights = list(lane.queue)
+        lane.queue.clear()
+        self.queued -= len(flights)
+        if lane.backed_up:
+            self._backed_up -= len(flights)
+        lane.queued_bytes = 0
+        lane.backed_up = False
+        self._waiting.pop(lane, None)
+        return flights
+
+    def _take_head(self, lane: Lane) -> Flight:
+        flight = lane.queue.popleft()
+        self.queued -= 1
+        if lane.backed_up:
+            self._backed_up -= 1
+        lane.queued_bytes -= flight.delivery.size
+        if not lane.queue:
+            self._waiting.pop(lane, None)
+        return flight
+
+    def _relieve(self) -> None:
+        """Over the memory budget: the lane that holds most parks what it has not started (rule 7)."""
+        if not self._waiting:
+            return
+        fullest = max(self._waiting, key=lambda lane: lane.queued_bytes)
+        for flight in self._take_all(fullest):
+            self._settle.park(flight, "memory")
+
+    # ---------------------------------------------------------------- starting attempts
+
+    def pump(self) -> None:
+        """Starts what may start: round robin over the lanes that wait."""
+        if self._held_for:
+            return
+        ring, share = self._ring, self._share
+        now = time.monotonic()
+        at_ms = int(time.time() * 1000)
+        while ring and share.has_room():
+            lane = ring[0]
+            queue = lane.queue
+            seat = lane.seat
+            if not queue or seat.in_flight >= lane.record.limits.in_flight:
+                ring.popleft()
+                lane.ready = False
+                continue
+            if not share.may_start(seat, queue[0].delivery.size):
+                ring.popleft()
+                if seat.in_flight:
+                    lane.ready = False  # the end of one of its own brings it back
+                else:
+                    self._denied.append(lane)
+                continue
+            if lane.rate is not None and not lane.rate.take(now):
+                ring.popleft()
+                self._rated.append(lane)
+                continue
+            if not lane.breaker.take(now):
+                ring.popleft()
+                lane.ready = False
+                until_ms = _wall_ms(lane.breaker.open_until - now)
+                for flight in self._take_all(lane):
+                    self._settle.park(flight, "breaker", until_ms)
+                continue
+            ring.popleft()
+            flight = self._take_head(lane)
+            self._start(lane, flight, now, at_ms)
+            if queue and seat.in_flight < lane.record.limits.in_flight:
+                ring.append(lane)
+            else:
+                lane.ready = False
+
+    def _start(self, lane: Lane, flight: Flight, now: float, at_ms: int) -> None:
+        self._share.started(lane.seat, flight.delivery.size)
+        flight.started_at = now
+        self._young[id(flight)] = flight
+        connector = lane.connector
+        if connector is None or (lane.secrets_until_ms and at_ms >= lane.secrets_until_ms):
+            connector = self._connect(lane, at_ms)
+        start_direct(cast(Direct, connector), flight.delivery, at_ms, partial(self._ended, flight))
+
+    def _connect(self, lane: Lane, at_ms: int) -> Connector:
+        self._close(lane.connector)
+        spec = KINDS[lane.record.type]
+        assert spec.feed is Feed.LANE
+        opened = open_secrets(lane.owner.tenant, lane.destination, at_ms)
+        ends = [s.until_ms for live in lane.record.secrets.values() for s in live if s.until_ms > at_ms]
+        lane.secrets_until_ms = min(ends, default=0)
+        options = spec.options.model_validate(json.loads(bytes(lane.record.options)))
+        secrets = spec.secrets.model_validate(assemble(opened))
+        lane.connector = spec.connect(
+            lane.owner.ref, lane.id, options, secrets, self._egress, frozenset(lane.record.retry.also)
+        )
+        return lane.connector
+
+    def _ended(self, flight: Flight, outcome: Outcome) -> None:
+        """The one end of an attempt, called by the connector from the event loop."""
+        now = time.monotonic()
+        lane = flight.lane
+        if not flight.slow:
+            del self._young[id(flight)]
+        self._share.finished(lane.seat, flight.slow, flight.delivery.size)
+        lane.completed(now)
+        flight.outcome = outcome
+        flight.duration_s = now - flight.started_at
+        flight.ended_ms = int(time.time() * 1000)
+        if outcome.fault == "destination":
+            lane.breaker.record(now, False)
+            if outcome.retry_after_s and outcome.status in CLOSING_STATUSES:
+                self._close_until(lane, now + outcome.retry_after_s)
+            if outcome.code == "gone" and not lane.disabled:
+                lane.disabled = True
+                for waiting in self._take_all(lane):
+                    self._turn_away(waiting)
+        elif outcome.fault:
+            lane.breaker.unmoved()
+        else:
+            lane.breaker.record(now, True)
+        self._settle.ended(flight)
+        if lane.queue and not lane.ready:
+            lane.ready = True
+            self._ring.append(lane)
+        if not self._kicked:
+            self._kicked = True
+            self._loop.call_soon(self._kick)
+
+    def _close_until(self, lane: Lane, until: float) -> None:
+        """429 or 503 with Retry-After: nothing more goes there before its end."""
+        lane.closed_until = max(lane.closed_until, until)
+        own_ms = _wall_ms(lane.closed_until - time.monotonic())
+        for flight in self._take_all(lane):
+            self._settle.park(flight, "retry_after", own_ms)
+
+    def _kick(self) -> None:
+        self._kicked = False
+        self.pump()
+        if self.has_room():
+            self.room.set()
+
+    # ---------------------------------------------------------------- the tick
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        aged: list[Flight] = []
+        for flight in self._young.values():
+            if flight.started_at > now - SLOW_S:
+                break
+            aged.append(flight)
+        for flight in aged:
+            del self._young[id(flight)]
+            flight.slow = True
+            self._share.aged(flight.lane.seat, flight.delivery.size)
+        for lane in list(self._waiting):
+            self._age(lane, now)
+        if self.held_bytes + self.other_held_bytes() > self._settings.memory_budget_bytes:
+            self._relieve()
+        for waiting in (self._rated, self._denied):
+            self._ring.extend(waiting)
+            waiting.clear()
+        self.pump()
+        if self.has_room():
+            self.room.set()
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+
+    def _age(self, lane: Lane, now: float) -> None:
+        """Parks what has waited 5 s, and notes whether the lane keeps up."""
+        queue = lane.queue
+        if self._held_for:
+            return
+        while queue and queue[0].queued_at < now - QUEUE_AGE_S:
+            self._park_for_room(self._take_head(lane))
+        backed_up = bool(queue) and queue[0].queued_at < now - BACKED_UP_S
+        if backed_up != lane.backed_up:
+            lane.backed_up = backed_up
+            self._backed_up += len(queue) if backed_up else -len(queue)
+
+    def has_room(self) -> bool:
+        """Whether the worker should take in more: not while it is itself, rather than a destination, that is behind."""
+        return (
+            self.queued - self._backed_up < ENOUGH_QUEUED
+            and self.held_bytes + self.other_held_bytes() < self._settings.memory_budget_bytes
+            and not self._held_for
+        )
+
+    def note_room(self) -> None:
+        """Called after admissions: whoever feeds the lanes waits on `room`."""
+        if not self.has_room():
+            self.room.clear()
+
+    # ---------------------------------------------------------------- holding and draining
+
+    def stop_starting(self, reason: str) -> None:
+        """No attempt starts until `go_on(reason)` (rule 7: the broker is away, nothing could be settled)."""
+        self._held_for.add(reason)
+
+    def go_on(self, reason: str) -> None:
+        self._held_for.discard(reason)
+
+    def drain(self) -> None:
+        """From now on nothing is started: what waits is parked; what is in flight ends by itself."""
+        self._draining = True
+        for lane in list(self._waiting):
+            for flight in self._take_all(lane):
+                self._settle.park(flight, "draining")
+
+    @property
+    def in_flight(self) -> int:
+        return self._share.in_flight
+
+    async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for lane in self._lanes:
+            self._close(lane.connector)
+            lane.connector = None
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=1.0)
+
+    def gauges(self) -> Iterable[tuple[str, str, str, int, int, bool]]:
+        """For `/metrics`: vendor, tenant label, type, waiting, in flight, whether the breaker is open."""
+        now = time.monotonic()
+        for lane in self._lanes:
+            owner = lane.owner
+            label = self._metrics.label(owner.ref, owner.tag)
+            is_open = lane.breaker.open_until > now
+            yield owner.ref.vendor, label, lane.record.type, len(lane.queue), lane.seat.in_flight, is_open
+
+
+def _wall_ms(in_s: float) -> int:
+    return int((time.time() + max(0.0, in_s)) * 1000)

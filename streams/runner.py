@@ -1,0 +1,57 @@
+"""Runs connectors, and is where what they do not know ends: an unexpected error becomes a `platform` outcome.
+
+One of the two places that catch everything (the other is the poison guard of `streams/ingress.py`). A connector's bug
+costs its own delivery a retry, bounded by age, and nobody else anything.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from connectors.contract import Batch, Connector, Direct
+from schemas.delivery import Delivery
+from schemas.outcome import Outcome, retry
+
+log = structlog.get_logger()
+
+Done = Callable[[Outcome], None]
+
+
+def _bug(delivery: Delivery, fault: Exception) -> Outcome:
+    """The fault's words may quote a payload or a secret: its type and place are enough to find it."""
+    trace = fault.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace is not None else ""
+    log.error(
+        "connector_bug",
+        vendor=delivery.tenant.vendor,
+        destination=delivery.destination,
+        delivery=delivery.id,
+        fault=type(fault).__name__,
+        place=place,
+    )
+    return retry("platform", "connector_error", "an error on our side; we have been told")
+
+
+def start_direct(connector: Direct, delivery: Delivery, at_ms: int, done: Done) -> None:
+    """Begins one attempt without a task. `done` comes later, from the event loop."""
+    try:
+        connector.start(delivery, at_ms, done)
+    except Exception as fault:
+        asyncio.get_running_loop().call_soon(done, _bug(delivery, fault))
+
+
+async def deliver(connector: Connector, batch: Batch) -> dict[str, Outcome]:
+    """Exactly one outcome for each delivery of the batch, whatever the connector does."""
+    try:
+        async with asyncio.timeout(connector.batching.timeout_s):
+            outcomes = await connector.deliver(batch)
+    except TimeoutError:
+        late = retry("destination", "timeout", f"no answer within {connector.batching.timeout_s:g} s")
+        return {delivery.id: late for delivery in batch.deliveries}
+    except Exception as fault:
+        return {delivery.id: _bug(delivery, fault) for delivery in batch.deliveries}
+    missing = retry("platform", "connector_error", "the connector named no outcome")
+    return {delivery.id: outcomes.get(delivery.id, missing) for delivery in batch.deliveries}

@@ -1,0 +1,425 @@
+"""How a delivery ends here: its attempt record, what replaces it, the ledger, and then its source's acknowledgement.
+
+Owns the order of these writes, which is what "nothing lost" rests on:
+
+1. what replaces the delivery (retry record or dead letter), acknowledged by the broker;
+2. its attempt record, acknowledged by the broker;
+3. the ledger (`done`, or the hop whose successor is acknowledged), best effort;
+4. the source, whose offset may be committed from then on.
+
+A crash between two steps redelivers the source; the ledger, or the same attempt id, makes the repeat harmless. Works in
+batches: one gathers while the broker answers for the one before.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import structlog
+
+from routing.policy import Again, Dead, Finished, next_step, park_until, tier_for
+from schemas.attempt import (
+    PURPOSE_ATTEMPT,
+    PURPOSE_DELIVERY,
+    AttemptRecord,
+    SealedAnswer,
+    attempt_aad_item,
+    encode_answer,
+    encode_record,
+)
+from schemas.control import ControlKey, DisabledRecord, encode_control
+from schemas.event import canonical, correlation_id, rfc3339
+from schemas.ids import EventId, Vendor, attempt_digest, base32_many
+from schemas.topics import Topics, delivery_key
+from schemas.wire import Parked, parked_headers, unrouted_headers
+from streams.flight import Flight, Source
+from streams.ledger import DONE, Ledger
+from streams.metrics import Histogram, Metrics, bump
+from streams.outbox import Letter, Outbox, RawHeaders
+
+log = structlog.get_logger()
+
+GATHER_S: Final = 0.005
+MISSING_TOPIC_WAIT_S: Final = 5.0
+
+
+def nothing(_found: bool) -> None:
+    """Before a letter's `done` is set."""
+
+
+class Clock:
+    """Milliseconds as RFC 3339; most of a batch shares a few of them."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, str] = {}
+
+    def text(self, at_ms: int) -> str:
+        found = self._texts.get(at_ms)
+        if found is None:
+            if len(self._texts) > 4096:
+                self._texts.clear()
+            found = self._texts[at_ms] = rfc3339(at_ms)
+        return found
+
+
+class Settle:
+    """Takes ended, parked and dead deliveries, and records that were routed nowhere; acknowledges their sources."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        ledger: Ledger,
+        metrics: Metrics,
+        topics: Topics,
+        *,
+        tiers_s: tuple[float, ...],
+        worker: str,
+        released: Callable[[Flight], None],
+    ) -> None:
+        """`released` is told of each flight once it is settled, before its source is."""
+        self._outbox = outbox
+        self._ledger = ledger
+        self._metrics = metrics
+        self._topics = topics
+        self._tiers_s = tiers_s
+        self._tiers_ms = tuple(int(tier * 1000) for tier in tiers_s)
+        self._worker = worker
+        self._released = released
+        self._loop = asyncio.get_running_loop()
+        self._clock = Clock()
+        self._flights: list[Flight] = []
+        self._records: list[tuple[Vendor, str, bytes, Source | None, int]] = []
+        self._armed = False
+        self._task: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._open_letters = 0
+
+    # ---------------------------------------------------------------- what can happen to a delivery
+
+    def ended(self, flight: Flight) -> None:
+        """An attempt ended: `flight.outcome`, `duration_s` and `ended_ms` are set."""
+        outcome = flight.outcome
+        assert outcome is not None
+        if outcome.verdict == "delivered":
+            flight.end = "delivered"
+            self._flights.append(flight)
+            self._arm()
+            return
+        delivery = flight.delivery
+        if delivery.first_failed_ms == 0:
+            delivery.first_failed_ms = flight.ended_ms
+        made = delivery.attempt if outcome.fault == "platform" else delivery.attempt + 1
+        step = next_step(
+            outcome, made, delivery.first_failed_ms, flight.lane.record.retry, flight.ended_ms, random.random()
+        )
+        match step:
+            case Finished():  # only what was delivered finishes, and that returned above
+                pass
+            case Again(at_ms=at_ms):
+                flight.next_ms = at_ms
+                self._to_retry(flight, made, 0, at_ms, outcome.code, outcome.fault, outcome.detail)
+            case Dead(code=code, detail=detail):
+                self._to_dead_letters(flight, made, code, outcome.fault, detail or outcome.detail)
+        if outcome.code == "gone":
+            self._disable(flight)
+
+    def recovered(self, flight: Flight) -> None:
+        """The ledger knows the delivery as done: its attempt record is written again, and the source acknowledged."""
+        flight.end = "recovered"
+        self._flights.append(flight)
+        self._arm()
+
+    def stale(self, flight: Flight) -> None:
+        """A copy whose successor is acknowledged: nothing to write."""
+        flight.end = "stale"
+        self._flights.append(flight)
+        self._arm()
+
+    def park(self, flight: Flight, reason: str, own_until_ms: int = 0) -> None:
+        """No room now: back to the retry topic, without costing an attempt.
+
+        `own_until_ms` is when the reason ends by itself, 0 where nobody knows.
+        """
+        delivery = flight.delivery
+        now_ms = int(time.time() * 1000)
+        if delivery.first_failed_ms == 0:
+            delivery.first_failed_ms = now_ms
+        parks = delivery.parks + 1
+        at_ms = park_until(parks, now_ms, own_until_ms, self._tiers_s)
+        if at_ms > delivery.first_failed_ms + int(flight.lane.record.retry.max_age_s * 1000):
+            self.dead(flight, "expired", "", f"waited longer than max_age; last for {reason}")
+            return
+        bump(flight.lane.meter.parked, reason)
+        self._to_retry(flight, delivery.attempt, parks, at_ms, reason, "", "")
+
+    def dead(self, flight: Flight, code: str, fault: str, detail: str) -> None:
+        """A dead letter without an attempt: its destination is gone or disabled, or it has waited too long."""
+        self._to_dead_letters(flight, flight.delivery.attempt, code, fault, detail)
+
+    def routed(self, vendor: Vendor, tenant: str, record: bytes, source: Source | None, offset: int) -> None:
+        """An event's own record. With a source, it settles that record too: the event goes nowhere."""
+        self._records.append((vendor, tenant, record, source, offset))
+        self._arm()
+
+    def unrouted(
+        self,
+        vendor: Vendor,
+        key: bytes | None,
+        value: bytes | None,
+        headers: RawHeaders,
+        *,
+        origin: str,
+        reason: str,
+        detail: str,
+        source: Source,
+        offset: int,
+    ) -> None:
+        """The record as its producer wrote it, to `dlq.unrouted`, with the reason."""
+        more = unrouted_headers(headers, vendor=vendor, origin=origin, reason=reason, detail=detail)
+        self.relay(Letter(self._topics.unrouted(vendor), key, value, more, nothing), source, offset)
+
+    def relay(self, letter: Letter, source: Source, offset: int) -> None:
+        """Writes a record that replaces another as it is, and acknowledges that one's source then."""
+
+        def done(_found: bool) -> None:
+            self._letter_done()
+            source.settled((offset,))
+
+        letter.done = done
+        self._open_letters += 1
+        self._idle.clear()
+        self._outbox.write(letter)
+
+    # ---------------------------------------------------------------- what replaces a delivery
+
+    def _replace(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
+        delivery = flight.delivery
+        vault = flight.lane.owner.vault
+        value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, canonical(delivery.event))
+        key = delivery_key(delivery.tenant, delivery.destination)
+        letter = Letter(topic, key, value, parked_headers(parked), nothing, partition)
+        letter.done = partial(self._replaced, flight, letter)
+        self._open_letters += 1
+        self._idle.clear()
+        self._outbox.write(letter)
+
+    def _replaced(self, flight: Flight, letter: Letter, found: bool) -> None:
+        owner = flight.lane.owner
+        if not found and owner.state == "active":
+            # the topic of a living tenant is missing: somebody deleted it. Nothing is acknowledged until it is back
+            log.error("tenant_topic_missing", topic=letter.topic)
+            self._loop.call_later(MISSING_TOPIC_WAIT_S, self._outbox.write, letter)
+            return
+        if not found:
+            bump(flight.lane.meter.dropped, "tenant_deleted")
+        self._flights.append(flight)
+        self._letter_done()
+        self._arm()
+
+    def _letter_done(self) -> None:
+        self._open_letters -= 1
+        self._note_idle()
+
+    def _parked(
+        self, flight: Flight, attempt: int, parks: int, at_ms: int, error: str, fault: str, detail: str
+    ) -> Parked:
+        delivery = flight.delivery
+        return Parked(
+            tenant=delivery.tenant,
+            destination=delivery.destination,
+            delivery=delivery.id,
+            event=EventId(delivery.event.eventId),
+            event_type=delivery.event.eventType,
+            attempt=attempt,
+            hop=delivery.hop + 1,
+            parks=parks,
+            not_before_ms=at_ms,
+            origin=delivery.origin,
+            error=error,
+            fault=fault,
+            detail=detail,
+            first_failed_ms=delivery.first_failed_ms,
+            replay=delivery.replay,
+        )
+
+    def _to_retry(
+        self, flight: Flight, attempt: int, parks: int, at_ms: int, error: str, fault: str, detail: str
+    ) -> None:
+        flight.end = "again"
+        flight.code = error
+        compiled = flight.lane.owner
+        parked = self._parked(flight, attempt, parks, at_ms, error, fault, detail)
+        partition = tier_for(at_ms - int(time.time() * 1000), self._tiers_ms)
+        self._replace(flight, self._topics.retry(compiled.ref.vendor, compiled.tag), parked, partition)
+
+    def _to_dead_letters(self, flight: Flight, attempt: int, code: str, fault: str, detail: str) -> None:
+        flight.end = "dead"
+        flight.code = code
+        delivery = flight.delivery
+        if delivery.first_failed_ms == 0:
+            delivery.first_failed_ms = int(time.time() * 1000)
+        compiled = flight.lane.owner
+        parked = self._parked(flight, attempt, delivery.parks, 0, code, fault, detail)
+        self._replace(flight, self._topics.dead_letters(compiled.ref.vendor, compiled.tag), parked, -1)
+
+    def _disable(self, flight: Flight) -> None:
+        """A 410: a record in `headgate.state`, which every worker's registry reads."""
+        delivery = flight.delivery
+        key = ControlKey("disabled", delivery.tenant.vendor, delivery.tenant.tenant, delivery.destination)
+        record = DisabledRecord(flight.lane.record.version, flight.ended_ms, delivery.id)
+        self._outbox.write(Letter(self._topics.state, key.encode(), encode_control(record), (), nothing))
+
+    # ---------------------------------------------------------------- batches
+
+    def _arm(self) -> None:
+        if not self._armed:
+            self._armed = True
+            self._idle.clear()
+            if self._task is None:
+                self._loop.call_later(GATHER_S, self._begin)
+
+    def _begin(self) -> None:
+        self._armed = False
+        flights, self._flights = self._flights, []
+        records, self._records = self._records, []
+        self._task = self._loop.create_task(self._write(flights, records))
+        self._task.add_done_callback(self._finished)
+
+    def _finished(self, task: "asyncio.Task[None]") -> None:
+        self._task = None
+        task.result()  # a bug here must end the worker, not lose a batch in silence
+        if self._armed:
+            self._loop.call_later(GATHER_S, self._begin)
+        else:
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._open_letters and not self._armed and self._task is None:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Until everything taken in is settled."""
+        await self._idle.wait()
+
+    async def _write(self, flights: list[Flight], records: list[tuple[Vendor, str, bytes, Source | None, int]]) -> None:
+        batches: dict[Vendor, tuple[list[str], list[bytes]]] = {}
+        for vendor, tenant, record, _, _ in records:
+            keys, values = batches.setdefault(vendor, ([], []))
+            keys.append(tenant)
+            values.append(record)
+        self._attempt_records(flights, batches)
+        done = [flight.ledger_key for flight in flights if flight.end == "delivered"]
+        telling = self._loop.create_task(self._ledger.tell(done, [DONE] * len(done))) if done else None
+        for vendor, (keys, values) in batches.items():
+            await self._outbox.write_batch(self._topics.attempts(vendor), keys, values)
+        if telling is not None:
+            await telling
+        moved = [flight for flight in flights if flight.end in ("again", "dead")]
+        if moved:
+            hops = [str(flight.delivery.hop) for flight in moved]
+            await self._ledger.tell([flight.ledger_key for flight in moved], hops)
+        self._acknowledge(flights, records)
+
+    def _attempt_records(self, flights: list[Flight], batches: dict[Vendor, tuple[list[str], list[bytes]]]) -> None:
+        tried = [flight for flight in flights if flight.outcome is not None or flight.end == "recovered"]
+        digests = []
+        for flight in tried:
+            delivery = flight.delivery
+            digests.append(attempt_digest(delivery.id, delivery.attempt + 1, delivery.replay))
+        text = self._clock.text
+        worker = self._worker
+        for flight, name in zip(tried, base32_many(digests), strict=True):
+            delivery = flight.delivery
+            lane = flight.lane
+            outcome = flight.outcome
+            event = delivery.event
+            tenant = delivery.tenant
+            keys, values = batches.setdefault(tenant.vendor, ([], []))
+            record = AttemptRecord(
+                id="att_" + name,
+                vendor=tenant.vendor,
+                tenant=tenant.tenant,
+                eventId=event.eventId,
+                eventType=event.eventType,
+                delivery=delivery.id,
+                destination=delivery.destination,
+                destinationType=lane.record.type,
+                attempt=delivery.attempt + 1,
+                trigger=delivery.trigger,
+                at=text(flight.ended_ms),
+                durationMs=int(flight.duration_s * 1e6) / 1000,
+                verdict="delivered",
+                code="recovered",
+                origin=delivery.origin,
+                worker=worker,
+                route=delivery.route,
+                correlationId=correlation_id(event),
+                configVersion=lane.owner.config_version,
+            )
+            if outcome is not None:
+                record.verdict = outcome.verdict
+                record.fault = outcome.fault
+                record.code = outcome.code
+                record.status = outcome.status
+                record.receipt = outcome.receipt
+                if flight.next_ms:
+                    record.nextAt = text(flight.next_ms)
+                if outcome.answer or outcome.detail:
+                    answer = encode_answer(SealedAnswer(outcome.answer, outcome.detail))
+                    item = attempt_aad_item(delivery.id, delivery.attempt + 1)
+                    record.sealed = lane.owner.vault.seal(PURPOSE_ATTEMPT, delivery.destination, item, answer)
+            keys.append(tenant.tenant)
+            values.append(encode_record(record))
+
+    def _acknowledge(self, flights: list[Flight], records: list[tuple[Vendor, str, bytes, Source | None, int]]) -> None:
+        now_ms = time.time() * 1000
+        settled: dict[Source, list[int]] = {}
+        for flight in flights:
+            self._count(flight, now_ms)
+            self._released(flight)
+            settled.setdefault(flight.source, []).append(flight.offset)
+            if flight.joined is not None:
+                for source, offset in flight.joined:
+                    settled.setdefault(source, []).append(offset)
+        for _, _, _, nowhere, offset in records:
+            if nowhere is not None:
+                settled.setdefault(nowhere, []).append(offset)
+        for source, offsets in settled.items():
+            source.settled(offsets)
+
+    def _count(self, flight: Flight, now_ms: float) -> None:
+        """Once a delivery, after the broker has confirmed: a batch that is written again counts once."""
+        meter = flight.lane.meter
+        outcome = flight.outcome
+        if outcome is not None:
+            key = (outcome.verdict, outcome.fault, outcome.code)
+            meter.attempts[key] = meter.attempts.get(key, 0) + 1
+            meter.attempt_s.observe(flight.duration_s)
+        end = flight.end
+        if end == "delivered":
+            code = outcome.code if outcome is not None else "ok"
+            meter.ends[("delivered", code)] = meter.ends.get(("delivered", code), 0) + 1
+        elif end == "dead":
+            meter.ends[("dead", flight.code)] = meter.ends.get(("dead", flight.code), 0) + 1
+            bump(meter.dead, flight.code)
+        elif end == "recovered":
+            meter.ends[("delivered", "recovered")] = meter.ends.get(("delivered", "recovered"), 0) + 1
+            return
+        else:
+            if end == "stale":
+                bump(meter.dropped, "stale")
+            return
+        delivery = flight.delivery
+        seconds = (now_ms - (delivery.first_failed_ms or delivery.appended_ms)) / 1000
+        owner = flight.lane.owner
+        event_type = owner.type_label(delivery.event.eventType)
+        name = event_type if self._metrics.type_label else ""
+        histogram = meter.delivery_s.get(name)
+        if histogram is None:
+            histogram = meter.delivery_s[name] = Histogram()
+        histogram.observe(seconds)
+        owner.average(event_type).observe(seconds)
