@@ -1,7 +1,6 @@
 """What every command shares: results on stdout, all else on stderr, faults without a traceback, the settings."""
 
 import functools
-import json
 import os
 import re
 import sys
@@ -13,10 +12,10 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import click
 import msgspec
-from config.settings import Settings, SettingsError, parse_duration_s
 
 from config.document import DocumentError
 from config.kafka import KafkaFault
+from config.settings import Settings, SettingsError, parse_duration_s
 from config.writer import Fenced
 from schemas.ids import DEFAULT_VENDOR, ExternalId, TenantRef, Vendor, external_id_problem, name_problem
 
@@ -54,8 +53,8 @@ def say(text: str) -> None:
 
 
 def show_json(value: object) -> None:
-    """JSON on stdout; text stays readable, whatever its script."""
-    click.echo(json.dumps(msgspec.to_builtins(value, enc_hook=str), indent=2, ensure_ascii=False))
+    """JSON on stdout. `msgspec.Raw` goes out in its own bytes, so numbers of a payload keep their digits."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value, enc_hook=str), indent=2).decode())
 
 
 def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -95,7 +94,10 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
             if running is not None:
                 say(f"HEADGATE_KAFKA_BOOTSTRAP is not set: using the embedded stack in {folder}")
                 env = {**env, **running.settings()}
-    return Settings.load(env)
+    settings = Settings.load(env)
+    for warning in settings.warnings:
+        say(f"warning: {warning}")
+    return settings
 
 
 _AGO: Final = re.compile(r"[0-9.]+(ms|s|m|h|d)([0-9.]+(ms|s|m|h|d))*")

@@ -11,13 +11,13 @@ from typing import IO, Final
 
 import click
 import msgspec
-from config.settings import Settings
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from msgspec import Struct
 
 from cli.output import load_settings, output_option, say, show_json, tenant_option, told, vendor_option
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain
+from config.settings import Settings
 from schemas.event import Problem, decode_event
 from schemas.ids import ExternalId, Vendor, external_id_problem
 
@@ -228,8 +228,8 @@ def command(
     finally:
         done = publisher.finish()
         _report(done, output)
-    if (fault := publisher.fault()) is not None:
-        raise fault
+    if (refusal := publisher.fault()) is not None:
+        raise refusal
     if stopped is not None:
         raise click.ClickException(f"{stopped}\nstopped there: {done.published} events were published before it")
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 
 from config.nodes import Listing, Mapping, Node, Place, Scalar, YamlFault, compose, plain
 from config.secret_fields import assemble, field_name
-from config.settings import parse_duration_s
+from config.settings import TopicsChoice, parse_duration_s
 from schemas.control import LimitSpec, RetrySpec
 from schemas.ids import (
     DEFAULT_VENDOR,
@@ -37,7 +37,6 @@ MAX_SCHEDULE: Final = 50
 MAX_LANE_IN_FLIGHT: Final = 1024
 GONE_STATUS: Final = 410
 
-TopicsChoice: TypeAlias = Literal["own", "pooled"]
 PayloadMode: TypeAlias = Literal["sealed", "private"]
 
 
@@ -343,7 +342,7 @@ class _Reader:
             return msgspec.Raw(b"{}")
         encoded = msgspec.json.encode(options, order="deterministic")
         try:
-            kind.options.model_validate_json(encoded)
+            kind.options.model_validate(msgspec.json.decode(encoded))
         except ValidationError as fault:
             self._model_faults(fault, kind.options, node, parent, path)
         return msgspec.Raw(encoded)
@@ -446,7 +445,7 @@ class _Reader:
         live = {name: (value.get_secret_value(),) for name, value in secrets.items() if value is not None}
         made = {name: (value,) for name, value in kind.generate().items()}
         try:
-            kind.secrets.model_validate_json(msgspec.json.encode(assemble({**made, **live})))
+            kind.secrets.model_validate(assemble({**made, **live}))
         except ValidationError as fault:
             self._model_faults(fault, kind.secrets, node, parent, path)
 

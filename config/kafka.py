@@ -3,6 +3,7 @@
 For what runs once and answers a person. Workers have clients of their own.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
@@ -12,6 +13,10 @@ from confluent_kafka.admin import AdminClient
 
 CONNECT_TIMEOUT_S: Final = 10.0
 STALL_TIMEOUT_S: Final = 30.0
+
+_UNHEARD: Final = logging.getLogger("headgate.librdkafka")
+_UNHEARD.addHandler(logging.NullHandler())
+_UNHEARD.propagate = False
 
 _UNREACHABLE: Final = frozenset(
     {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT}
@@ -33,7 +38,7 @@ class KafkaFault(Exception):
 
 def client_config(kafka: Mapping[str, Any], faults: list[str] | None = None) -> dict[str, Any]:
     """A client's configuration that keeps librdkafka's log off the terminal; what it complains of goes to `faults`."""
-    config = {**kafka, "log_level": 0, "socket.connection.setup.timeout.ms": 5000}
+    config = {**kafka, "logger": _UNHEARD, "socket.connection.setup.timeout.ms": 5000}
     if faults is not None:
         config["error_cb"] = lambda error: faults.append(error.str())
     return config
@@ -64,10 +69,11 @@ def error_of(exception: KafkaException) -> KafkaError:
 def connected_admin(kafka: Mapping[str, Any]) -> tuple[AdminClient, dict[str, int]]:
     """An admin client that has reached the broker, and the partitions of each topic. Raises `KafkaFault`."""
     faults: list[str] = []
+    admin = AdminClient(client_config(kafka, faults))
     try:
-        admin = AdminClient(client_config(kafka, faults))
         listed = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
     except KafkaException as exception:
+        admin.poll(0)  # hands over what the client complained of
         raise explain(error_of(exception), "reach Kafka", kafka, faults) from None
     return admin, {name: len(topic.partitions) for name, topic in listed.topics.items() if topic.error is None}
 
@@ -115,6 +121,7 @@ def read_to_end(
             assigned = starts(consumer, partitions)
             consumer.assign(assigned)
         except KafkaException as exception:
+            consumer.poll(0)  # hands over what the client complained of
             raise explain(error_of(exception), "reach Kafka", kafka, faults) from None
         yield from _until_end(consumer, {(p.topic, p.partition) for p in assigned}, kafka, faults)
     finally:

@@ -1,12 +1,12 @@
 """What an apply would change: the difference between a `Document` and what the compacted topics hold.
 
-Pure: the clock and what seals come in as arguments, nothing is written. Owns versions (a tenant's `configVersion` rises
+No I/O and no clock; only sealing and new keys are random. Owns versions (a tenant's `configVersion` rises
 only when something of it changed, and a changed part takes that number), rotation of secrets, and the choice of a
 tenant's slug and tag, which are kept for good.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Final, Literal, Protocol, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -20,9 +20,11 @@ from config.document import (
     Kind,
     RouteEntry,
     TenantEntry,
-    TopicsChoice,
 )
 from config.secret_fields import overlaps
+from config.settings import SettingsError, TopicsChoice
+from config.vault import MasterKeys, Unsealable, Vault, new_data_key
+from schemas.attempt import PURPOSE_SECRET
 from schemas.control import (
     ControlKey,
     ControlRecord,
@@ -30,6 +32,7 @@ from schemas.control import (
     DisabledRecord,
     RouteRecord,
     SealedSecret,
+    ShreddedMarker,
     TenantRecord,
     WrappedKey,
     decode_control,
@@ -37,22 +40,11 @@ from schemas.control import (
     parse_control_key,
 )
 from schemas.ids import DestinationId, ExternalId, Slug, Tag, TenantRef, Vendor, default_slug, digest, parts
+from schemas.wire import unpack_sealed
 
 OVERLAP_MS: Final = 24 * 3_600_000
 
 Sign: TypeAlias = Literal["+", "~", "-"]
-
-
-class Sealer(Protocol):
-    """Seals the secrets of tenants; the vault is one."""
-
-    def new_key(self, tenant: TenantRef, version: int) -> WrappedKey: ...
-
-    def seal(self, tenant: TenantRef, key: WrappedKey, destination: DestinationId, field: str, value: str) -> bytes: ...
-
-    def print(self, tenant: TenantRef, key: WrappedKey, destination: DestinationId, field: str, value: str) -> str:
-        """A keyed hash of the value: equal for equal values of one field, of no use without the key."""
-        ...
 
 
 class Creation(Struct, frozen=True):
@@ -63,13 +55,14 @@ class Creation(Struct, frozen=True):
 
 
 class CurrentTenant(Struct, frozen=True):
-    """A tenant as its last complete record lists it. `keys` also holds versions that only old data needs."""
+    """What the topics hold of a tenant. `keys` has every version that is not shredded."""
 
     record: TenantRecord
     destinations: Mapping[str, DestinationRecord]
     routes: Mapping[str, RouteRecord]
     keys: Mapping[int, WrappedKey]
     disabled: Mapping[str, DisabledRecord]
+    shredded_through: int = 0
 
 
 class Current(Struct, frozen=True):
@@ -110,12 +103,16 @@ class MadeSecret(Struct, frozen=True):
 
 
 class Plan(Struct, frozen=True):
-    """`writes` are in the order in which they must lie in the topics; `tags` are those whose topics must exist."""
+    """`writes` are in the order in which they must lie in the topics; `tags` are those whose topics must exist.
+
+    `longest_max_age_s` is the longest that a delivery of the vendor can wait, of what is configured after the apply.
+    """
 
     vendor: Vendor
     lines: tuple[Line, ...]
     writes: tuple[Write, ...]
     tags: tuple[Tag, ...]
+    longest_max_age_s: float
     made: tuple[MadeSecret, ...]
     removed: tuple[ExternalId, ...]
 
@@ -171,6 +168,7 @@ def _current_tenant(records: Mapping[ControlKey, ControlRecord]) -> CurrentTenan
     routes: dict[str, RouteRecord] = {}
     keys: dict[int, WrappedKey] = {}
     disabled: dict[str, DisabledRecord] = {}
+    shredded_through = 0
     for key, part in records.items():
         match part:
             case TenantRecord():
@@ -183,14 +181,17 @@ def _current_tenant(records: Mapping[ControlKey, ControlRecord]) -> CurrentTenan
                 keys[part.version] = part
             case DisabledRecord():
                 disabled[key.id] = part
+            case ShreddedMarker():
+                shredded_through = max(shredded_through, part.keyVersion)
     if record is None:
         return None
-    return CurrentTenant(record, destinations, routes, keys, disabled)
+    keys = {version: key for version, key in keys.items() if version > shredded_through}
+    return CurrentTenant(record, destinations, routes, keys, disabled, shredded_through)
 
 
 def is_disabled(destination: DestinationRecord, disabled: DisabledRecord | None) -> bool:
-    """A destination that answered 410 stays disabled until its record is a newer one."""
-    return disabled is not None and disabled.destinationVersion >= destination.version
+    """As the workers' registry has it: a record about another version than this one counts no more."""
+    return disabled is not None and disabled.destinationVersion == destination.version
 
 
 def make_plan(
@@ -198,7 +199,7 @@ def make_plan(
     current: Current,
     *,
     kinds: Mapping[str, Kind],
-    sealer: Sealer,
+    master: MasterKeys,
     creation: Creation,
     prune: bool,
     now_ms: int,
@@ -208,8 +209,10 @@ def make_plan(
     Raises `DocumentError` where the document asks for what a tenant cannot have: another slug, another kind of topics.
     """
     _refuse_what_is_kept(document, current, creation)
-    work = _Work(document.vendor, kinds, sealer, now_ms)
-    tags: dict[Tag, None] = {}
+    work = _Work(document.vendor, kinds, master, now_ms)
+    tags = {Tag(tenant.record.tag): None for tenant in current.tenants.values() if tenant.record.state == "active"}
+    ages = [d.retry.max_age_s for tenant in current.tenants.values() for d in tenant.destinations.values()]
+    ages += [d.retry.max_age_s for entry in document.tenants for d in entry.destinations]
     for entry in document.tenants:
         tags[work.tenant(entry, current.tenants.get(entry.external_id), creation)] = None
     if prune:
@@ -222,6 +225,7 @@ def make_plan(
         tuple(work.lines),
         tuple(work.writes),
         tuple(tags),
+        max(ages, default=0.0),
         tuple(work.made),
         tuple(work.removed),
     )
@@ -268,28 +272,24 @@ def _refuse_what_is_kept(document: Document, current: Current, creation: Creatio
 class _Work:
     """Gathers lines and writes, tenant by tenant."""
 
-    def __init__(self, vendor: Vendor, kinds: Mapping[str, Kind], sealer: Sealer, now_ms: int) -> None:
+    def __init__(self, vendor: Vendor, kinds: Mapping[str, Kind], master: MasterKeys, now_ms: int) -> None:
         self.lines: list[Line] = []
         self.writes: list[Write] = []
         self.made: list[MadeSecret] = []
         self.removed: list[ExternalId] = []
         self._vendor = vendor
         self._kinds = kinds
-        self._sealer = sealer
+        self._master = master
         self._now_ms = now_ms
 
     def tenant(self, entry: TenantEntry, known: CurrentTenant | None, creation: Creation) -> Tag:
         ref = TenantRef(self._vendor, entry.external_id)
-        key = None if known is None else known.keys.get(known.record.keyVersion)
         first_write, first_line = len(self.writes), len(self.lines)
         version = 1 if known is None else known.record.configVersion + 1
-        if known is None or key is None:
-            # A tenant whose key was shredded starts anew: what the old key sealed stays unreadable
-            key = self._sealer.new_key(ref, 1 if known is None else known.record.keyVersion + 1)
-            self._write("keys", data_key_key(ref, key.version), key)
-            known_parts: Mapping[str, DestinationRecord] = {}
-        else:
-            known_parts = known.destinations
+        vault, keys = self._vault(ref, known)
+        # Where the key was shredded the tenant starts anew: what the old key sealed stays unreadable, secrets too
+        has_key = known is not None and known.record.keyVersion in known.keys
+        known_parts = known.destinations if known is not None and has_key else {}
         if known is None:
             slug = entry.slug or default_slug(entry.external_id)
             tag = choose_tag(ref, slug, entry.topics or creation.topics, creation.pools)
@@ -297,7 +297,7 @@ class _Work:
         else:
             slug, tag = Slug(known.record.slug), Tag(known.record.tag)
         destinations = {
-            d.id: self._destination(ref, d, known_parts.get(d.id), known, key, version) for d in entry.destinations
+            d.id: self._destination(d, known_parts.get(d.id), known, vault, version) for d in entry.destinations
         }
         routes = {
             r.id: self._route(ref, r, None if known is None else known.routes.get(r.id), version) for r in entry.routes
@@ -315,7 +315,7 @@ class _Work:
         if len(self.writes) == first_write and len(self.lines) == first_line:
             return tag
         listed = {
-            data_key_key(ref, key.version).text(): key.version,
+            **{data_key_key(ref, key_version).text(): key_version for key_version in keys},
             **{destination_key(ref, name).text(): part.version for name, part in destinations.items()},
             **{route_key(ref, name).text(): part.version for name, part in routes.items()},
         }
@@ -324,7 +324,7 @@ class _Work:
             slug=slug,
             tag=tag,
             configVersion=version,
-            keyVersion=key.version,
+            keyVersion=vault.current,
             name=entry.name,
             state="active",
             payloadMode=entry.payload_mode,
@@ -343,16 +343,16 @@ class _Work:
 
     def _destination(
         self,
-        ref: TenantRef,
         entry: DestinationEntry,
         known: DestinationRecord | None,
         tenant: CurrentTenant | None,
-        key: WrappedKey,
+        vault: Vault,
         version: int,
     ) -> DestinationRecord:
+        ref = vault.tenant
         line_at = len(self.lines)
         same_kind = known is not None and known.type == entry.type
-        secrets = self._secrets(ref, entry, known.secrets if known is not None and same_kind else {}, key)
+        secrets = self._secrets(vault, entry, known.secrets if known is not None and same_kind else {})
         record = DestinationRecord(
             id=entry.id,
             type=entry.type,
@@ -374,18 +374,24 @@ class _Work:
             if not changed and secrets == known.secrets:
                 return known
             disabled = None if tenant is None else tenant.disabled.get(entry.id)
-            if disabled is not None and bytes(known.options) != bytes(entry.options):
-                self.writes.append(Write("state", disabled_key(ref, entry.id).encode(), None))
-                changed.append("enabled again")
+            if disabled is not None and is_disabled(known, disabled):
+                if bytes(known.options) != bytes(entry.options) or not same_kind:
+                    self.writes.append(Write("state", disabled_key(ref, entry.id).encode(), None))
+                    changed.append("enabled again")
+                else:
+                    # Only new options enable it: what says that it is disabled has to name the new version
+                    still = msgspec.structs.replace(disabled, destinationVersion=version)
+                    self._write("state", disabled_key(ref, entry.id), still)
             if changed:
                 self.lines.insert(line_at, Line("~", "destination", ref.tenant, entry.id, ", ".join(changed)))
         self._write("control", destination_key(ref, entry.id), record)
         return record
 
     def _secrets(
-        self, ref: TenantRef, entry: DestinationEntry, known: Mapping[str, tuple[SealedSecret, ...]], key: WrappedKey
+        self, vault: Vault, entry: DestinationEntry, known: Mapping[str, tuple[SealedSecret, ...]]
     ) -> dict[str, tuple[SealedSecret, ...]]:
         """The live values of each field, the newest first."""
+        ref = vault.tenant
         given = {name: value.get_secret_value() for name, value in entry.secrets.items()}
         kind = self._kinds[entry.type]
         made = dict(kind.generate())
@@ -394,28 +400,39 @@ class _Work:
             live = known.get(field, ())
             path = f"{entry.id}/{field}"
             if field in given:
-                value = given[field]
-                mark = self._sealer.print(ref, key, entry.id, field, value)
-                if live and live[0].print == mark:
+                if live and _is_value(vault, entry.id, field, live[0], given[field]):
                     result[field] = live
                     continue
-                fresh = SealedSecret(self._sealer.seal(ref, key, entry.id, field, value), self._now_ms, 0, mark)
+                fresh = self._sealed(vault, entry.id, field, given[field])
+                replaced = (one for one in live if not _is_value(vault, entry.id, field, one, given[field]))
                 overlap = overlaps(kind.secrets, field)
-                result[field] = (fresh, *(_overlapping(live, mark, self._now_ms) if overlap else ()))
+                result[field] = (fresh, *(_overlapping(replaced, self._now_ms) if overlap else ()))
                 note = ("rotated, the old one stays valid for 24 h" if overlap else "replaced") if live else ""
                 self._line("~" if live else "+", "secret", ref, path, note)
             elif live:
                 result[field] = live
             else:
-                value = made[field]
-                mark = self._sealer.print(ref, key, entry.id, field, value)
-                sealed = self._sealer.seal(ref, key, entry.id, field, value)
-                result[field] = (SealedSecret(sealed, self._now_ms, 0, mark),)
-                self.made.append(MadeSecret(ref.tenant, entry.id, field, SecretStr(value)))
+                result[field] = (self._sealed(vault, entry.id, field, made[field]),)
+                self.made.append(MadeSecret(ref.tenant, entry.id, field, SecretStr(made[field])))
                 self._line("+", "secret", ref, path, "made, shown once")
         for field in sorted(known.keys() - result.keys()):
             self._line("-", "secret", ref, f"{entry.id}/{field}")
         return result
+
+    def _sealed(self, vault: Vault, destination: DestinationId, field: str, value: str) -> SealedSecret:
+        sealed = vault.seal(PURPOSE_SECRET, destination, field, value.encode())
+        return SealedSecret(sealed, self._now_ms, 0, vault.secret_print(destination, field, value))
+
+    def _vault(self, ref: TenantRef, known: CurrentTenant | None) -> tuple[Vault, Mapping[int, WrappedKey]]:
+        """The tenant's vault and wrapped keys; a new key is written where it has none. Raises SettingsError."""
+        if known is not None and known.record.keyVersion in known.keys:
+            opened = {version: _unwrapped(self._master, ref, key) for version, key in known.keys.items()}
+            return Vault(ref, opened, known.record.keyVersion), known.keys
+        version = 1 if known is None else 1 + max(known.record.keyVersion, known.shredded_through)
+        data_key = new_data_key()
+        wrapped = self._master.wrap(ref, version, data_key)
+        self._write("keys", data_key_key(ref, version), wrapped)
+        return Vault(ref, {version: data_key}, version), {version: wrapped}
 
     def _route(self, ref: TenantRef, entry: RouteEntry, known: RouteRecord | None, version: int) -> RouteRecord:
         record = RouteRecord(
@@ -458,15 +475,36 @@ class _Work:
     ) -> None:
         self.lines.append(Line(sign, what, ref.tenant, name, note))
 
-    def _write(self, topic: Literal["control", "keys"], key: ControlKey, record: ControlRecord) -> None:
+    def _write(self, topic: Literal["control", "keys", "state"], key: ControlKey, record: ControlRecord) -> None:
         self.writes.append(Write(topic, key.encode(), encode_control(record)))
 
 
-def _overlapping(live: Sequence[SealedSecret], new_print: str, now_ms: int) -> Iterator[SealedSecret]:
-    """The values that a new one replaces, as long as they still count; the same value does not stay twice."""
+def _unwrapped(master: MasterKeys, ref: TenantRef, key: WrappedKey) -> bytes:
+    try:
+        return master.unwrap(ref, key)
+    except Unsealable as fault:
+        held = ", ".join(master.ids)
+        raise SettingsError(
+            [
+                f"tenant {ref.tenant!r}: its key is wrapped by master key {key.master!r} and does not open with those "
+                f"that are given ({held}): {fault.code}; give HEADGATE_MASTER_KEY_FILE all that were ever in use"
+            ]
+        ) from None
+
+
+def _is_value(vault: Vault, destination: DestinationId, field: str, secret: SealedSecret, value: str) -> bool:
+    """Whether a sealed secret holds this value, told by its print, which its own key version made."""
+    sealed = unpack_sealed(secret.sealed)
+    if sealed is None or sealed.key_version not in vault.versions:
+        return False
+    return secret.print == vault.secret_print(destination, field, value, sealed.key_version)
+
+
+def _overlapping(live: Iterable[SealedSecret], now_ms: int) -> Iterator[SealedSecret]:
+    """The values that a new one replaces, as long as they still count."""
     for secret in live:
         until_ms = min(secret.until_ms or now_ms + OVERLAP_MS, now_ms + OVERLAP_MS)
-        if until_ms > now_ms and secret.print != new_print:
+        if until_ms > now_ms:
             yield msgspec.structs.replace(secret, until_ms=until_ms)
 
 

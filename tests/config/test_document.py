@@ -197,8 +197,8 @@ tenants:
         ),
         (
             destination(URL + "        secrets: {signing: {env: NOT_SET}}\n"),
-            "headgate.yaml:7:34: tenants[0].destinations[0].secrets.signing.env: the environment has no variable NOT_SET"
-            "; set it and run again",
+            "headgate.yaml:7:34: tenants[0].destinations[0].secrets.signing.env: the environment has no variable "
+            "NOT_SET; set it and run again",
         ),
         (
             destination(URL + "        secrets: {signing: {file: /does/not/exist}}\n"),
