@@ -226,6 +226,14 @@ class Vault(_Secretive):
     def can_seal(self) -> bool:
         return self.current in self._keys
 
+    def same_keys(self, other: "Vault") -> bool:
+        return (
+            self.tenant == other.tenant
+            and self.current == other.current
+            and self.shredded_through == other.shredded_through
+            and self._keys == other._keys
+        )
+
     def seal(self, purpose: str, destination: str, item: str, plaintext: bytes) -> bytes:
         """Seals for (tenant, purpose, destination, item); `item` is a delivery's id or a field's name.
 
