@@ -61,10 +61,10 @@ Script = Callable[[Peer], Awaitable[None]]
 class Receiver:
     """Runs `script` for each connection; counts them; keeps the requests of scripts that hand them in."""
 
-    def __init__(self, script: Script, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
+    def __init__(self, script: Script, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
         self._script = script
         self._tls = tls
-        self._host = host
+        self._port = port
         self._running: set[asyncio.Task[None]] = set()
         self._peers: set[Peer] = set()
         self.connections = 0
@@ -72,7 +72,7 @@ class Receiver:
         self.problems: list[BaseException] = []
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, self._host, 0, ssl=self._tls)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port, ssl=self._tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
 
