@@ -1,114 +1,220 @@
-"""Reads the control plane's compacted topics into the tenant registry, from their beginning and for good.
+"""Feeds the tenant registry of a process from the compacted topics, and knows how far it has come.
 
-Owns the consumer: every process reads all of `control`, `keys` and `state`, in no group, committed records only. What
-the records mean is `config/registry.py`'s.
+One consumer without a group over `control`, `keys` and `state`: every process reads all of them, from the earliest,
+read committed. What the records mean is `config/registry.py`'s.
 """
 
 import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import ConsumerStoppedError, KafkaError
 
-from config.registry import Registry
+from config.registry import Fault, Registry
 from config.settings import Settings
+from schemas.topics import record_bytes
 
 log = structlog.get_logger()
 
-POLL_MS: Final = 250
-FAULT_WAIT_S: Final = 1.0
+FETCH_WAIT_MS: Final = 250
+POLL_MS: Final = 200
+CHUNK_RECORDS: Final = 500
+AGAIN_S: Final = 1.0
+SAY_AGAIN_S: Final = 30.0
+REQUEST_TIMEOUT_MS: Final = 10_000
+POSITION_EVERY_S: Final = 0.01
+STUCK_AFTER_S: Final = 30.0
 
 
 class ControlReader:
-    """`caught_up` is set once all that was there at the start has been read. Survives the broker's absence."""
+    """Reads for as long as it runs; broker restarts, missing topics and denials are waited out and logged.
+
+    `caught_up` is set once everything that was committed at the start has been folded: an end of the topics, not a
+    last record, since transaction markers and compaction leave offsets without one.
+    """
 
     def __init__(self, settings: Settings, registry: Registry) -> None:
         topics = settings.topics
-        self._settings = settings
+        self._kafka = settings.kafka
+        self._max_bytes = record_bytes(settings.sizes.max_event_bytes)
+        self._control = TopicPartition(topics.control, 0)
+        self._all = tuple(TopicPartition(name, 0) for name in (topics.control, topics.keys, topics.state))
+        self._asked = self._all[:2]
         self._registry = registry
-        self._partitions = [TopicPartition(name, 0) for name in (topics.control, topics.keys, topics.state)]
-        self._control = self._partitions[0]
-        self._consumer: Any = None
-        self._read = asyncio.Condition()
-        self._positions: dict[TopicPartition, int] = {}
+        self._consumer: Any = None  # set while it is assigned
+        self._next: dict[TopicPartition, int] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._said: tuple[str, float] = ("", 0.0)
         self.caught_up = asyncio.Event()
+        registry.on_fault(_log_fault)
 
     @property
     def offset(self) -> int:
-        """How far `control` has been read."""
-        return self._positions.get(self._control, 0)
+        """The offset in `control` up to which this process has read."""
+        return self._next.get(self._control, 0)
 
-    async def run(self) -> None:
-        """Runs until cancelled."""
-        try:
-            await self._start()
-            ends = await self._ends()
-            while True:
-                await self._turn()
-                if not self.caught_up.is_set() and self._reached(ends):
-                    self.caught_up.set()
-        finally:
-            if self._consumer is not None:
-                await self._consumer.stop()
+    @property
+    def alive(self) -> bool:
+        """False once reading has ended, by `stop` or by a bug."""
+        return self._task is not None and not self._task.done()
 
-    async def _start(self) -> None:
-        while True:
-            consumer = AIOKafkaConsumer(
-                **self._settings.kafka.aiokafka(),
-                group_id=None,
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",
-                isolation_level="read_committed",
-                fetch_max_wait_ms=POLL_MS,
-                max_partition_fetch_bytes=4 * 2**20,
-            )
-            try:
-                await consumer.start()
-            except (KafkaError, OSError) as fault:
-                log.warning("control_unreachable", fault=type(fault).__name__)
-                await consumer.stop()
-                await asyncio.sleep(FAULT_WAIT_S)
-                continue
-            consumer.assign(self._partitions)
-            await consumer.seek_to_beginning(*self._partitions)
-            self._consumer = consumer
-            return
+    async def start(self) -> None:
+        """Begins to read, and returns at once: await `caught_up`."""
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="control-reader")
+        self._task.add_done_callback(_log_death)
 
-    async def _turn(self) -> None:
-        try:
-            batches = await self._consumer.getmany(timeout_ms=POLL_MS)
-        except KafkaError as fault:
-            log.warning("control_read_failed", fault=type(fault).__name__)
-            await asyncio.sleep(FAULT_WAIT_S)
-            return
-        faults = self._registry.faults
-        for partition, records in batches.items():
-            for record in records:
-                self._registry.fold(partition.topic, record.key or b"", record.value)
-        if self._registry.faults > faults:
-            log.error("control_records_unreadable", count=self._registry.faults - faults)
-        async with self._read:
-            for partition in self._partitions:
-                self._positions[partition] = await self._consumer.position(partition)
-            self._read.notify_all()
-
-    async def _ends(self) -> dict[TopicPartition, int]:
-        """The end offsets of what is committed now. Asks until the broker answers."""
-        while True:
-            if self._consumer is not None:
-                try:
-                    return dict(await self._consumer.end_offsets(self._partitions))
-                except KafkaError as fault:
-                    log.warning("control_read_failed", fault=type(fault).__name__)
-            await asyncio.sleep(FAULT_WAIT_S / 4)
-
-    def _reached(self, ends: dict[TopicPartition, int]) -> bool:
-        """By position, never by the last record's offset: markers and compaction leave gaps at the end."""
-        return all(self._positions.get(partition, 0) >= end for partition, end in ends.items())
+    async def stop(self) -> None:
+        """Twice is fine. What awaits `read_to_end` goes on waiting: it must not take the unread for the absent."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
 
     async def read_to_end(self) -> None:
-        """Returns once everything that was committed when this was called has been folded."""
-        ends = await self._ends()
-        async with self._read:
-            await self._read.wait_for(lambda: self._reached(ends))
+        """Returns once the registry has folded all that was committed to `control` and `keys` when this was called.
+
+        Waits for as long as the brokers are away. Each call asks the brokers: gather what to ask for, one a second.
+        """
+        await self._reach(await self._ends(self._asked))
+
+    # ---------------------------------------------------------------- reading
+
+    async def _run(self) -> None:
+        started = time.monotonic()
+        catching_up = asyncio.create_task(self._catch_up(started), name="control-catch-up")
+        try:
+            while True:
+                try:
+                    async with self._connected() as consumer:
+                        await self._wait_for_topics(consumer)
+                        await self._read(consumer)
+                except (KafkaError, OSError) as fault:
+                    self._say("control_reader_waits", fault=f"{type(fault).__name__}: {fault}"[:300])
+                await asyncio.sleep(AGAIN_S)
+        finally:
+            catching_up.cancel()
+            await asyncio.gather(catching_up, return_exceptions=True)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Any]:
+        consumer = AIOKafkaConsumer(
+            **self._kafka.aiokafka(),
+            client_id="headgate-control",
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            max_partition_fetch_bytes=self._max_bytes,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+            metadata_max_age_ms=30_000,
+            retry_backoff_ms=100,
+        )
+        try:
+            await consumer.start()
+            yield consumer
+        finally:
+            self._consumer = None
+            await consumer.stop()
+
+    async def _wait_for_topics(self, consumer: Any) -> None:
+        while True:
+            there = await consumer.topics()
+            missing = [partition.topic for partition in self._all if partition.topic not in there]
+            if not missing:
+                return
+            self._say(
+                "control_topics_missing",
+                topics=missing,
+                remedy="start a worker that may create topics, or run `headgate apply`; this process waits for them",
+            )
+            await asyncio.sleep(AGAIN_S)
+
+    async def _read(self, consumer: Any) -> None:
+        """Until the consumer fails, or is seen to be stuck behind the end of a topic. Goes on where reading ended."""
+        consumer.assign(list(self._all))
+        for partition, offset in self._next.items():
+            consumer.seek(partition, offset)
+        self._consumer = consumer
+        fold = self._registry.fold
+        ends: Mapping[TopicPartition, int] = {}
+        looked_at = time.monotonic()
+        while True:
+            found = await consumer.getmany(timeout_ms=POLL_MS, max_records=CHUNK_RECORDS)
+            for partition, records in found.items():
+                for record in records:
+                    fold(partition.topic, record.key, record.value)
+                self._next[partition] = records[-1].offset + 1
+            now = time.monotonic()
+            if found:
+                ends, looked_at = {}, now
+                await asyncio.sleep(0)  # what was fetched ahead comes without a pause: let others have the loop
+            elif now - looked_at > STUCK_AFTER_S:
+                # nothing has come since these ends were asked for: they must have been reached long ago
+                if any([await consumer.position(partition) < end for partition, end in ends.items()]):
+                    self._say("control_reader_stuck", offset=self.offset)
+                    return
+                ends, looked_at = await consumer.end_offsets(list(self._all)), now
+
+    # ---------------------------------------------------------------- how far
+
+    async def _catch_up(self, started: float) -> None:
+        await self._reach(await self._ends(self._all))
+        self.caught_up.set()
+        log.info(
+            "control_caught_up",
+            tenants=len(self._registry),
+            offset=self.offset,
+            took_s=round(time.monotonic() - started, 3),
+            faults=dict(self._registry.faults),
+        )
+
+    async def _ends(self, partitions: tuple[TopicPartition, ...]) -> Mapping[TopicPartition, int]:
+        """The read-committed ends (last stable offsets), asked for now."""
+        while True:
+            consumer = self._consumer
+            if consumer is not None:
+                try:
+                    ends: Mapping[TopicPartition, int] = await consumer.end_offsets(list(partitions))
+                    return ends
+                except (KafkaError, ConsumerStoppedError, OSError) as fault:
+                    self._say("control_end_unknown", fault=f"{type(fault).__name__}: {fault}"[:300])
+            await asyncio.sleep(0.1)
+
+    async def _reach(self, ends: Mapping[TopicPartition, int]) -> None:
+        """Returns when all below these offsets has been folded.
+
+        The consumer's position moves in the same step in which records are folded, and also over markers, which bring
+        none: so it is looked at, there is nothing to be woken by.
+        """
+        for partition, end in ends.items():
+            while True:
+                consumer = self._consumer
+                if consumer is not None:
+                    try:
+                        async with asyncio.timeout(AGAIN_S):
+                            if await consumer.position(partition) >= end:
+                                break
+                    except (KafkaError, ConsumerStoppedError, TimeoutError):
+                        pass  # no position yet, or it is being replaced
+                await asyncio.sleep(POSITION_EVERY_S)
+
+    def _say(self, event: str, **fields: Any) -> None:
+        """Logs what lasts once, then every 30 s."""
+        said, at = self._said
+        now = time.monotonic()
+        if event != said or now - at >= SAY_AGAIN_S:
+            self._said = (event, now)
+            log.warning(event, **fields)
+
+
+def _log_fault(fault: Fault) -> None:
+    log.error("control_record_left_out", reason=fault.reason, topic=fault.topic, key=fault.key)
+
+
+def _log_death(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (fault := task.exception()) is not None:
+        log.error("control_reader_died", exc_info=fault)
