@@ -130,18 +130,23 @@ def _loosely(raw: bytes) -> Value:
         return UNREADABLE
 
 
-def _decoder(layout: _Layout) -> Callable[[Any], Value]:
-    strict = msgspec.json.Decoder(layout.type).decode
+class _Decoder:
+    """`strict` raises one of `_FAULTS`, and then `mend` gives the value: the fast way has no wrapper around it."""
 
-    def decode(raw: Any) -> Value:
+    def __init__(self, layout: _Layout) -> None:
+        self._layout = layout
+        self.strict: Callable[[Any], Value] = msgspec.json.Decoder(layout.type).decode
+
+    def mend(self, raw: Any) -> Value:
         try:
-            return strict(raw)
+            return self.strict(raw)
         except msgspec.ValidationError:  # every type is allowed for: a number out of range
-            return layout.of(_loosely(bytes(raw)))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return self._layout.of(_loosely(bytes(raw)))
+        except _FAULTS:
             return UNREADABLE
 
-    return decode
+
+_FAULTS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class Documents:
@@ -155,18 +160,29 @@ class Documents:
 
     def _scope(self) -> Callable[[Event], Scope]:
         """Decodes what is read, once for all rules of an event."""
-        decoders = {root: _decoder(layout) for root, layout in self._layouts.items()}
+        decoders = {root: _Decoder(layout) for root, layout in self._layouts.items()}
         payload, metadata = decoders.get("payload"), decoders.get("metadata")
-        if payload is not None and metadata is not None:
-            both = payload, metadata
-            return lambda event: Scope(event, both[0](event.payload), both[1](event.metadata), MAX_STEPS, _NOTHING)
-        if payload is not None:
-            only_payload = payload
-            return lambda event: Scope(event, only_payload(event.payload), None, MAX_STEPS, _NOTHING)
-        if metadata is not None:
-            only_metadata = metadata
-            return lambda event: Scope(event, None, only_metadata(event.metadata), MAX_STEPS, _NOTHING)
-        return lambda event: Scope(event, None, None, MAX_STEPS, _NOTHING)
+
+        def of_metadata(event: Event) -> Value:
+            if metadata is None:
+                return None
+            try:
+                return metadata.strict(event.metadata)
+            except _FAULTS:
+                return metadata.mend(event.metadata)
+
+        if payload is None:
+            return lambda event: Scope(event, None, of_metadata(event), MAX_STEPS, _NOTHING)
+        strict, mend, alone = payload.strict, payload.mend, metadata is None
+
+        def scope(event: Event) -> Scope:
+            try:
+                value = strict(event.payload)
+            except _FAULTS:
+                value = mend(event.payload)
+            return Scope(event, value, None if alone else of_metadata(event), MAX_STEPS, _NOTHING)
+
+        return scope
 
     def _way(self, root: Root, path: tuple[str, ...]) -> _Layout | None:
         """The layout at the end of `path`; None where the way ends before, in a part that is decoded whole."""
