@@ -59,12 +59,12 @@ class ControlReader:
 
     @property
     def alive(self) -> bool:
-        """False once reading has ended, by `stop` or by a bug."""
+        """False before `start`, and once reading has ended: by `stop`, or by a bug, which is logged."""
         return self._task is not None and not self._task.done()
 
     async def start(self) -> None:
-        """Begins to read, and returns at once: await `caught_up`."""
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="control-reader")
+        """Runs `run` as a task, and returns at once: await `caught_up`."""
+        self._task = asyncio.get_running_loop().create_task(self.run(), name="control-reader")
         self._task.add_done_callback(_log_death)
 
     async def stop(self) -> None:
@@ -82,10 +82,10 @@ class ControlReader:
 
     # ---------------------------------------------------------------- reading
 
-    async def _run(self) -> None:
-        started = time.monotonic()
-        catching_up = asyncio.create_task(self._catch_up(started), name="control-catch-up")
-        try:
+    async def run(self) -> None:
+        """Reads until it is cancelled. Raises nothing that the brokers do; what comes out is a bug."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._catch_up(time.monotonic()), name="control-catch-up")
             while True:
                 try:
                     async with self._connected() as consumer:
@@ -94,9 +94,6 @@ class ControlReader:
                 except (KafkaError, OSError) as fault:
                     self._say("control_reader_waits", fault=f"{type(fault).__name__}: {fault}"[:300])
                 await asyncio.sleep(AGAIN_S)
-        finally:
-            catching_up.cancel()
-            await asyncio.gather(catching_up, return_exceptions=True)
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
