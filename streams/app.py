@@ -88,6 +88,7 @@ class Worker:
         self._had_assignment = False
         self._stopping = False
         self._broker_away = False
+        self._pump_started = False
 
     async def run(self) -> int:
         settings = self._settings
@@ -97,13 +98,14 @@ class Worker:
         self._build(await self._topics())
         await self._health.start()
         log.info("worker_starting", worker=self._name, http_port=self._health.port, version=product_version())
-        tasks = [loop.create_task(self._reader.run(), name="control")]
+        tasks: list[asyncio.Task[None]] = []
+        await self._reader.start()
         await self._first(self._reader.caught_up.wait())
         if not self._ended.done():
             gc.collect()
             gc.freeze()
             gc.set_threshold(50_000, 50, 100)
-            tasks += [
+            tasks = [
                 loop.create_task(self._router.rounds(), name="rounds"),
                 loop.create_task(self._watch(), name="watch"),
             ]
@@ -112,6 +114,7 @@ class Worker:
             self._lanes.start(self._settle)
             await self._restore_averages()
             await self._pump.start()
+            self._pump_started = True
             await self._app.start()
             log.info("worker_started", worker=self._name, tenants=len(self._tenants))
         reason = await self._ended
@@ -186,7 +189,18 @@ class Worker:
             settings.topics,
             settings.sizes.retry_tiers_s,
         )
-        self._pump = Pump(settings, on_due=retries.due, on_move=retries.move)
+        self._pump = Pump(
+            connection=settings.kafka.aiokafka(),
+            group=settings.topics.group("retry"),
+            pattern=settings.topics.retry_pattern(settings.vendors),
+            tiers_s=settings.sizes.retry_tiers_s,
+            on_due=retries.due,
+            on_move=retries.move,
+            on_fatal=self._end,
+            instance_id=worker.id and f"{worker.id}-retry",
+            client_id=f"headgate-{self._name}",
+            commit_interval_s=worker.commit_interval_s,
+        )
         lanes.other_held_bytes = lambda: self._pump.held_bytes + self._outbox.unacknowledged_bytes
         self._app = self._faust(largest)
         self._router = Router(
@@ -312,15 +326,20 @@ class Worker:
             missing["control"] = "the tenant registry has not caught up"
         if not self._had_assignment:
             missing["ingress"] = "no assignment of " + ", ".join(self._vendors)
-        if not self._pump.joined:
-            missing["retry"] = "the retry pump has not joined its group"
+        if not self._pump_started:
+            missing["retry"] = "the retry pump has not started"
         if self._stopping:
             missing["stopping"] = "the worker is shutting down"
         return missing
 
     def _not_alive(self) -> dict[str, str]:
         """What a restart would mend. A broker that is away is not among it."""
-        return {"fatal": "a part of the worker has failed"} if self._ended.done() and not self._stopping else {}
+        missing: dict[str, str] = {}
+        if self._ended.done() and not self._stopping:
+            missing["fatal"] = "a part of the worker has failed"
+        if not self._reader.alive and not self._stopping:
+            missing["control"] = "the control reader has ended"
+        return missing
 
     # ---------------------------------------------------------------- the end
 
@@ -355,6 +374,7 @@ class Worker:
             await self._pump.close()
             await self._app.stop()
         await self._keep_averages()
+        await self._reader.stop()
         await self._lanes.close()
         await self._ledger.close()
         await self._health.stop()
