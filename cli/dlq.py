@@ -14,6 +14,7 @@ import msgspec
 from confluent_kafka import Consumer, Message, TopicPartition
 from msgspec import Struct
 
+from cli.later import later
 from cli.output import (
     Moment,
     load_settings,
@@ -360,3 +361,7 @@ def _show_text(shown: Mapping[str, Any]) -> None:
         click.echo("\n".join(printable(line) for line in shown["value"].split("\n")))
     else:
         click.echo(msgspec.json.format(bytes(shown["event"]), indent=2).decode())
+
+
+group.add_command(later("dlq replay", "sending letters again"))
+group.add_command(later("dlq drop", "marking letters as done"))

@@ -12,6 +12,8 @@ from typing import Final
 
 import click
 
+from cli.later import later
+
 _SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Try it": {
         "demo": ("cli.demo:command", "Tenants, events and an inbox on this machine, live."),
@@ -66,7 +68,7 @@ class Sections(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in _LATER:
-            return _later(cmd_name)
+            return later(cmd_name, _LATER[cmd_name])
         if cmd_name not in _COMMANDS:
             return None
         module, attribute = _COMMANDS[cmd_name][0].split(":")
@@ -92,30 +94,18 @@ class Sections(click.Group):
             formatter.write_text(", ".join(_LATER))
 
 
-def _later(name: str) -> click.Command:
-    """A known name whose command does not exist yet: says so instead of `no such command`."""
-
-    def refuse(rest: Sequence[str]) -> None:
-        raise click.UsageError(f"`headgate {name}` ({_LATER[name]}) arrives with a later release")
-
-    return click.Command(
-        name,
-        callback=refuse,
-        params=[click.Argument(["rest"], nargs=-1, type=click.UNPROCESSED)],
-        context_settings={"ignore_unknown_options": True},
-        add_help_option=False,
-    )
-
-
 def _version(ctx: click.Context, _option: click.Parameter, asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        click.echo(f"headgate {version('headgate')}")
+        try:
+            click.echo(f"headgate {version('headgate')}")
+        except PackageNotFoundError:  # run from a source tree that was not installed
+            click.echo("headgate dev")
         ctx.exit()
 
 
-@click.command(cls=Sections, help=_HELP, context_settings={"max_content_width": 100}, no_args_is_help=False)
+@click.command(cls=Sections, help=_HELP, context_settings={"max_content_width": 100})
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def command() -> None:
     """See `_HELP`."""
