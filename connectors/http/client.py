@@ -181,7 +181,7 @@ class HttpClient:
         if self._closed:
             return
         self._closed = True
-        for deadlines in self._deadlines.values():
+        for deadlines in list(self._deadlines.values()):
             for exchange in list(deadlines):
                 self._abort(exchange, "closed", "the worker is stopping")
         for connection in list(self._connections.values()):
@@ -367,9 +367,15 @@ class HttpClient:
     # ------------------------------------------------------------------ time
 
     def _tick(self) -> None:
-        now = self.clock()
         self._ticking = None
-        for deadlines in self._deadlines.values():
+        try:
+            self._expire(self.clock())
+        finally:
+            if not self._closed and (self._connections or any(self._deadlines.values())):
+                self._ticking = self._loop.call_later(TICK_S, self._tick)
+
+    def _expire(self, now: float) -> None:
+        for deadlines in list(self._deadlines.values()):  # `done` may begin a request with a new timeout
             while deadlines:
                 exchange = next(iter(deadlines))
                 if deadlines[exchange] > now:
@@ -387,5 +393,3 @@ class HttpClient:
             if self._idle[connection] + IDLE_S > now:
                 break
             connection.close()
-        if not self._closed and (self._connections or any(self._deadlines.values())):
-            self._ticking = self._loop.call_later(TICK_S, self._tick)

@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from connectors.egress import Egress, open_socket
+from connectors.http.answer import Answer
 from connectors.http.client import ADDRESS_S, IDLE_S
 from connectors.http.door import Address
 from schemas.ids import ExternalId, TenantRef, Vendor
@@ -312,6 +313,29 @@ async def test_thousands_of_hung_requests_do_not_slow_another(egress: Egress) ->
         assert not any(future.done() for future in waiting)
         egress.close()
         assert {(await future).fault for future in waiting} == {"closed"}
+
+
+async def test_a_request_may_be_begun_where_another_ended_at_its_timeout(egress: Egress) -> None:
+    """With a timeout that no request has had before."""
+
+    async def hang(peer: Peer) -> None:
+        await peer.gone()
+
+    async with Receiver(hang) as receiver:
+        target = aim(egress, f"http://127.0.0.1:{receiver.port}/")
+        faults: list[str] = []
+        ended = asyncio.Event()
+
+        def again(answer: Answer) -> None:
+            faults.append(answer.fault)
+            if len(faults) == 3:
+                ended.set()
+            else:
+                target.post(b"", b"", 0.1 + len(faults) / 100, again)
+
+        target.post(b"", b"", 0.1, again)
+        await ended.wait()
+        assert faults == ["timeout"] * 3
 
 
 async def test_a_short_timeout_is_met_behind_long_ones(egress: Egress) -> None:

@@ -135,3 +135,13 @@ def test_signing_keys_up_to_the_hashs_block_size_are_signed_as_the_package_does(
         secret = "whsec_" + base64.b64encode(bytes(range(size))).decode()
         ours = Signer([signing_key(secret)]).sign(b"dlv_1", b"1790000000", b"{}").decode()
         assert ours == Webhook(secret).sign("dlv_1", _at("1790000000"), "{}")
+
+
+def test_the_example_of_the_guide_is_signed_with_the_secret_it_names() -> None:
+    guide = (Path(__file__).parents[2] / "connectors" / "webhook" / "GUIDE.md").read_text(encoding="utf-8")
+    head, _, rest = guide.partition("```http\n")[2].partition("\n\n")
+    headers = dict(line.split(": ", 1) for line in head.splitlines()[1:])
+    content = rest.partition("\n```")[0]
+    signed = Webhook(SECRET).sign(headers["webhook-id"], _at(headers["webhook-timestamp"]), content)
+    assert SECRET in guide
+    assert headers["webhook-signature"] == signed
