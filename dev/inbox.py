@@ -25,7 +25,7 @@ import sys
 import time
 from base64 import b64decode
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, TypeVar, assert_never, cast
@@ -213,7 +213,13 @@ class Inbox:
     """The inbox within this process, on the running loop. Paths come into being when they are first named."""
 
     def __init__(
-        self, *, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None, keep_bodies: bool = True
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        keep_bodies: bool = True,
+        on_request: Callable[[Received], None] = lambda request: None,
     ) -> None:
         self.host = host
         self.port = port
@@ -221,6 +227,7 @@ class Inbox:
         self.connections = 0
         self._tls = tls
         self._keep_bodies = keep_bodies
+        self._on_request = on_request
         self._paths: dict[str, _Path] = {}
         self._open: set[_Connection] = set()
         self._waiting: list[tuple[str, int, bool, asyncio.Future[None]]] = []
@@ -349,20 +356,20 @@ class Inbox:
         step = state.next_step(webhook_id)
         status = 0 if isinstance(step, Hang | Reset) else step.status
         attempt = headers.get("headgate-attempt", "")
-        state.received.append(
-            Received(
-                path=request.path,
-                webhook_id=webhook_id,
-                timestamp=headers.get("webhook-timestamp", ""),
-                signature_ok=checked,
-                attempt=int(attempt) if attempt.isdecimal() else 0,
-                arrived_at_ms=request.at_ms,
-                connection=connection,
-                status=status,
-                body=request.body if self._keep_bodies else b"",
-                headers=tuple(request.headers),
-            )
+        received = Received(
+            path=request.path,
+            webhook_id=webhook_id,
+            timestamp=headers.get("webhook-timestamp", ""),
+            signature_ok=checked,
+            attempt=int(attempt) if attempt.isdecimal() else 0,
+            arrived_at_ms=request.at_ms,
+            connection=connection,
+            status=status,
+            body=request.body if self._keep_bodies else b"",
+            headers=tuple(request.headers),
         )
+        state.received.append(received)
+        self._on_request(received)
         self.requests += 1
         state.requests += 1
         state.connections.add(connection)
@@ -680,6 +687,14 @@ def _root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+def _show(request: Received) -> None:
+    body = request.body.decode("utf-8", "backslashreplace")
+    print(
+        f"{request.path} {request.status or 'no answer'} attempt {request.attempt} {request.webhook_id} {body}",
+        flush=True,
+    )
+
+
 async def _serve(options: argparse.Namespace) -> None:
     tls: ssl.SSLContext | None = None
     if options.cert:
@@ -697,7 +712,10 @@ async def _serve(options: argparse.Namespace) -> None:
         print(f"port={server.sockets[0].getsockname()[1]}", flush=True)
         await ended.wait()
         return
-    async with Inbox(host=options.host, port=options.port, tls=tls, keep_bodies=not options.no_bodies) as inbox:
+    on_request = _show if options.show else lambda request: None
+    async with Inbox(
+        host=options.host, port=options.port, tls=tls, keep_bodies=not options.no_bodies, on_request=on_request
+    ) as inbox:
         scripts: Mapping[str, str] = dict(item.split("=", 1) for item in options.script)
         for path, text in scripts.items():
             inbox.script(path, msgspec.json.decode(text, type=Script))
@@ -714,6 +732,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count-only", action="store_true", help="answer 200 to all and count; check and keep nothing")
     parser.add_argument("--arrivals", action="store_true", help="with --count-only: keep each event's time of arrival")
     parser.add_argument("--no-bodies", action="store_true", help="do not keep the bodies")
+    parser.add_argument("--show", action="store_true", help="print each request as it comes")
     parser.add_argument("--cert", help="speak TLS with this certificate chain (PEM)")
     parser.add_argument("--key", help="its key (PEM)")
     parser.add_argument(
