@@ -22,7 +22,7 @@ _UNREACHABLE: Final = frozenset(
     {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT}
 )
 _SECURITY: Final = frozenset({KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED})
-_DENIED: Final = frozenset(
+DENIED: Final = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.GROUP_AUTHORIZATION_FAILED,
@@ -56,7 +56,7 @@ def explain(error: KafkaError, doing: str, kafka: Mapping[str, Any], faults: Seq
         )
     if code in _UNREACHABLE:
         return KafkaFault(f"cannot {doing}: no broker answers at {where}{last}; check HEADGATE_KAFKA_BOOTSTRAP")
-    if code in _DENIED:
+    if code in DENIED:
         return KafkaFault(f"cannot {doing}: the broker does not allow it ({error.name()}); grant this user the right")
     return KafkaFault(f"cannot {doing}: {error.str() or error.name()} ({error.name()})")
 

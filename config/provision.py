@@ -20,7 +20,7 @@ from confluent_kafka.admin import (
 )
 from msgspec import Struct
 
-from config.kafka import KafkaFault, connected_admin, error_of, explain
+from config.kafka import DENIED, KafkaFault, connected_admin, error_of, explain
 from schemas.topics import TopicSpec
 
 REQUEST_TIMEOUT_S: Final = 60.0
@@ -97,7 +97,11 @@ def _check(admin: AdminClient, kafka: Mapping[str, Any], specs: Sequence[TopicSp
             try:
                 found = {name: entry.value for name, entry in by_name[spec.name].result().items()}
             except KafkaException as exception:
-                raise explain(error_of(exception), f"read the settings of topic {spec.name}", kafka) from None
+                error = error_of(exception)
+                if error.code() in DENIED:
+                    say(f"topic {spec.name}: its settings cannot be checked, this user may not describe them")
+                    continue
+                raise explain(error, f"read the settings of topic {spec.name}", kafka) from None
             change = _changes(spec, found, say)
             if change is not None:
                 changes.append(change)

@@ -1,5 +1,6 @@
 """The configuration file: what is accepted, and that every fault names its place, its value and a remedy."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.apply import RULES
+from cli.apply import RULES, command
 from config.document import Document, DocumentError, parse_document, parse_rate_per_s
 from config.nodes import MAX_DEPTH, YamlFault, compose, plain
 from schemas.control import LimitSpec, RetrySpec
@@ -91,6 +92,15 @@ def test_the_design_s_example_is_read_whole() -> None:
         "headgate.yaml:15:38: tenants[0].destinations[0].secrets.headers.X-Token.value: a secret stands in the file "
         "itself; prefer {env: NAME} or {file: PATH}"
     ]
+
+
+def test_the_examples_of_the_documentation_and_of_the_help_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "acme-token").write_text("Bearer t")
+    page = Path("docs/configuration.md").read_text()
+    example = page.partition("```yaml\n")[2].partition("```")[0]
+    assert parse(example, str(tmp_path / "headgate.yaml")).tenants[0].external_id == "acme"
+    shown = inspect.cleandoc(command.help or "").partition("\b\n")[2].partition("\n\nPrints")[0]
+    assert parse(shown).tenants[0].routes[0].where == "payload.total > 100"
 
 
 def test_every_fault_is_told_with_its_place_not_only_the_first() -> None:
