@@ -203,6 +203,7 @@ class Egress:
         on_blocked: Callable[[TenantRef], None] | None = None,
         ca_file: str | None = None,
         max_idle_connections: int = 1024,
+        lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
     ) -> None:
         self._allow = tuple(allow)
         self._connect = connect
@@ -213,6 +214,7 @@ class Egress:
         self._asked: dict[tuple[TenantRef, str], _Asked] = {}
         self._looking: set[tuple[TenantRef, str]] = set()
         self._ca_file = ca_file
+        self._lookup_timeout_s = lookup_timeout_s
         self._max_idle_connections = max_idle_connections
 
     @functools.cached_property
@@ -261,7 +263,7 @@ class Egress:
             self._on_blocked(tenant)
 
     def look_up(self, tenant: TenantRef, host: str, done: Found) -> Names | None:
-        """The addresses of `host` at once where they are known, else None, and `done` is called within 5 s.
+        """The addresses of `host` at once where they are known, else None, and `done` is called within `lookup_timeout_s`.
 
         Known for 30 s, a failure for 3 s; equal questions of one tenant that are asked together are asked once.
         """
@@ -278,9 +280,8 @@ class Egress:
         if asked is not None:
             asked.waiters.append(done)
             return None
-        late = asyncio.get_running_loop().call_later(
-            LOOKUP_TIMEOUT_S, self._learn, key, Names((), f"no answer from the name servers in {LOOKUP_TIMEOUT_S:g} s")
-        )
+        problem = f"no answer from the name servers in {self._lookup_timeout_s:g} s"
+        late = asyncio.get_running_loop().call_later(self._lookup_timeout_s, self._learn, key, Names((), problem))
         self._asked[key] = _Asked(late, [done])
         if key not in self._looking:  # else a look-up that missed its deadline still runs: its answer will do
             self._looking.add(key)

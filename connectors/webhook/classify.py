@@ -30,6 +30,7 @@ CODES: Final = {
     "protocol": "The answer is not HTTP/1.1, or its status is none of 200 to 599.",
     "headers_too_large": "The answer's headers exceed 16 KiB.",
     "egress_blocked": "The host's address is not public, or http was used instead of https.",
+    "unsigned": "The destination has no live signing secret. Ours to mend; nothing is sent unsigned, costs no attempt.",
     "no_resources": "The worker has no socket left. Ours to mend; costs no attempt.",
     "closed": "The worker closed the destination while it was stopping or reconfigured; costs no attempt.",
 }

@@ -46,6 +46,11 @@ class Signer:
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._pads = tuple((_pad(key, 0x36), _pad(key, 0x5C)) for key in keys)
 
+    @property
+    def live(self) -> int:
+        """How many keys sign. With none, nothing may be sent."""
+        return len(self._pads)
+
     def sign(self, ident: bytes, timestamp: bytes, content: bytes) -> bytes:
         """The value of `webhook-signature`: one `v1,<base64>` for each key, separated by spaces."""
         signatures = []

@@ -12,16 +12,15 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from config.settings import parse_duration_s
 from connectors.http.place import Place, parse_url
 
-DEFAULT_TIMEOUT_S: Final = 15.0
 MAX_TIMEOUT_S: Final = 25.0
 MIN_TIMEOUT_S: Final = 0.1
 SECRET_PREFIX: Final = "whsec_"
 MAX_HEADERS: Final = 32
 MAX_HEADERS_BYTES: Final = 8 * 1024
 
-_DURATION: Final = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)(ms|s)")
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
 _HEADER_VALUE: Final = re.compile(r"[\x21-\x7e](?:[\x20-\x7e\t]*[\x21-\x7e])?")
 # Ours, HTTP's own framing, and what belongs to one hop (RFC 9110, 7.6.1).
@@ -100,10 +99,7 @@ class Options(BaseModel):
     @field_validator("timeout")
     @classmethod
     def _timeout(cls, text: str) -> str:
-        seconds = _seconds(text)
-        if seconds is None:
-            raise ValueError("must be a number and a unit: 15s, 2500ms")
-        if not MIN_TIMEOUT_S <= seconds <= MAX_TIMEOUT_S:
+        if not MIN_TIMEOUT_S <= parse_duration_s(text) <= MAX_TIMEOUT_S:
             raise ValueError(f"must be between {MIN_TIMEOUT_S * 1000:g}ms and {MAX_TIMEOUT_S:g}s")
         return text
 
@@ -119,14 +115,7 @@ class Options(BaseModel):
     @property
     def timeout_s(self) -> float:
         """Rounded to a tenth: timeouts are looked at that often."""
-        return round(_seconds(self.timeout) or DEFAULT_TIMEOUT_S, 1)
-
-
-def _seconds(text: str) -> float | None:
-    found = _DURATION.fullmatch(text)
-    if found is None:
-        return None
-    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+        return round(parse_duration_s(self.timeout), 1)
 
 
 def _live(value: Any) -> Any:

@@ -96,6 +96,13 @@ def _at(seconds: str) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(int(seconds), tz=datetime.UTC)
 
 
+async def test_without_a_live_secret_nothing_is_sent(egress: Egress) -> None:
+    async with answering(OK) as receiver:
+        outcome = await deliver(hook(egress, f"http://127.0.0.1:{receiver.port}/", {}), delivery())
+    assert (outcome.verdict, outcome.fault, outcome.code) == ("retry", "platform", "unsigned")
+    assert receiver.connections == 0
+
+
 async def test_the_request_is_the_one_that_is_documented(egress: Egress) -> None:
     async with answering(OK) as receiver:
         connector = hook(
