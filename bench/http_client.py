@@ -1,6 +1,7 @@
-"""What one webhook delivery costs through the connector: `python -m bench.http_client [--tls] [-n 100000]`.
+"""What one webhook delivery costs through the connector: `python -m bench.http_client [--tls] [--tasks] [-n 100000]`.
 
 CPU of this process only, receiver in another: encode, sign, POST over a kept connection, classify. No Kafka, no Redis.
+`--tasks` goes the way of `deliver`, a task and a time limit for each delivery, instead of `start` (ADR 0002).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import trustme
 import uvloop
 from msgspec import Raw
 
+from connectors.contract import Batch
 from connectors.egress import Egress
 from connectors.webhook.connector import WebhookConnector, connect
 from connectors.webhook.options import Options, Secrets, generate_secrets
@@ -27,6 +29,7 @@ from schemas.event import Event
 from schemas.ids import DeliveryId, DestinationId, ExternalId, TenantRef, Vendor
 from schemas.outcome import Outcome
 
+AT_MS = 1_790_000_000_000
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
@@ -62,6 +65,8 @@ def receive(listener: socket.socket, certificate: str | None, ready: Ready) -> N
 
 
 class Run:
+    """Keeps so many deliveries in flight as were started, until all wanted ones have ended."""
+
     def __init__(self, connectors: list[WebhookConnector], deliveries: list[Delivery], wanted: int) -> None:
         self.connectors = connectors
         self.deliveries = deliveries
@@ -75,7 +80,10 @@ class Run:
         number = self.started
         self.started += 1
         delivery = self.deliveries[number % len(self.deliveries)]
-        self.connectors[number % len(self.connectors)].start(delivery, 1_790_000_000_000, self.done)
+        self.begin(self.connectors[number % len(self.connectors)], delivery)
+
+    def begin(self, connector: WebhookConnector, delivery: Delivery) -> None:
+        connector.start(delivery, AT_MS, self.done)
 
     def done(self, outcome: Outcome) -> None:
         self.ended += 1
@@ -87,7 +95,26 @@ class Run:
             self.over.set_result(None)
 
 
-async def measure(url: str, ca_file: str | None, count: int, tenants: int, in_flight: int) -> None:
+class TaskRun(Run):
+    """The same with a task, a time limit and a future for each delivery, as the kinds with batches are run."""
+
+    def __init__(self, connectors: list[WebhookConnector], deliveries: list[Delivery], wanted: int) -> None:
+        super().__init__(connectors, deliveries, wanted)
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, connector: WebhookConnector, delivery: Delivery) -> None:
+        task = asyncio.get_running_loop().create_task(self.deliver(connector, delivery))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def deliver(self, connector: WebhookConnector, delivery: Delivery) -> None:
+        batch = Batch(delivery.tenant, delivery.destination, AT_MS, None, (delivery,))
+        async with asyncio.timeout(connector.batching.timeout_s):
+            outcomes = await connector.deliver(batch)
+        self.done(outcomes[delivery.id])
+
+
+async def measure(run_of: type[Run], url: str, ca_file: str | None, count: int, tenants: int, in_flight: int) -> None:
     egress = Egress([ip_network("127.0.0.0/8")], ca_file=ca_file)
     refs = [TenantRef(Vendor("default"), ExternalId(f"tenant-{i}")) for i in range(tenants)]
     connectors = [
@@ -102,7 +129,7 @@ async def measure(url: str, ca_file: str | None, count: int, tenants: int, in_fl
     ]
     for wanted in (min(count, 5_000), count):  # the first round connects and warms up
         opened = egress.http.opened
-        run = Run(connectors, deliveries, wanted)
+        run = run_of(connectors, deliveries, wanted)
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in range(min(in_flight, wanted)):
             run.start()
@@ -119,6 +146,7 @@ async def measure(url: str, ca_file: str | None, count: int, tenants: int, in_fl
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
     parse.add_argument("--tls", action="store_true")
+    parse.add_argument("--tasks", action="store_true", help="a task for each delivery")
     parse.add_argument("-n", type=int, default=100_000, help="deliveries")
     parse.add_argument("--tenants", type=int, default=50)
     parse.add_argument("--in-flight", type=int, default=128)
@@ -138,7 +166,7 @@ def main() -> None:
         receiver.start()
         ready.wait()
         url = f"{'https' if given.tls else 'http'}://127.0.0.1:{port}/in"
-        uvloop.run(measure(url, ca_file, given.n, given.tenants, given.in_flight))
+        uvloop.run(measure(TaskRun if given.tasks else Run, url, ca_file, given.n, given.tenants, given.in_flight))
         receiver.terminate()
         receiver.join()
 
