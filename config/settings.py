@@ -57,7 +57,7 @@ class SettingsError(Exception):
 
 _DURATION: Final = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|s|m|h|d))+")
 _DURATION_PART: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
-_UNIT_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": _DAY_S}
+_UNIT_MS: Final = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(B|KB|MB|GB|KiB|MiB|GiB)?")
 _UNIT_BYTES: Final = {
     None: 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": _KIB, "MiB": _MIB, "GiB": 1024 * _MIB
@@ -69,7 +69,7 @@ def parse_duration_s(text: str) -> float:
     text = text.strip()
     if not _DURATION.fullmatch(text):
         raise ValueError("not a duration; write a number and a unit (ms, s, m, h, d), such as 250ms, 15s, 5m, 2h or 7d")
-    total_s = math.fsum(float(number) * _UNIT_S[unit] for number, unit in _DURATION_PART.findall(text))
+    total_s = math.fsum(float(number) * _UNIT_MS[unit] for number, unit in _DURATION_PART.findall(text)) / 1000
     if total_s > _HUNDRED_YEARS_S:
         raise ValueError("longer than a hundred years; write a shorter duration")
     return total_s
@@ -89,10 +89,13 @@ def parse_bytes(text: str) -> int:
 
 
 def show_duration(seconds: float) -> str:
-    for unit, size in (("d", _DAY_S), ("h", 3600.0), ("m", 60.0), ("s", 1.0)):
-        if seconds >= size and seconds % size == 0:
-            return f"{seconds / size:g}{unit}"
-    return f"{seconds * 1000:g}ms" if seconds < 1 else f"{seconds:g}s"
+    """In the largest unit that makes it a whole number; to the millisecond."""
+    millis = round(seconds * 1000)
+    for unit in ("d", "h", "m", "s"):
+        size = _UNIT_MS[unit]
+        if millis >= size and millis % size == 0:
+            return f"{millis // size}{unit}"
+    return f"{millis}ms"
 
 
 def show_bytes(size: int) -> str:
