@@ -1,7 +1,9 @@
 """Who may start an attempt: the fair share of a worker's IN_FLIGHT, and the rate of one destination.
 
 Pure: the clock is an argument, in monotonic seconds. The caller goes round robin over the lanes that wait, and asks
-here before each start; the lane's own `in_flight` and rate are limits beside these.
+here before each start; the lane's own `in_flight` and rate are limits beside these. A lane that is refused waits for
+the end of one of its own or, if it has none in flight, for its turn among the refused: one of them at each end of any
+attempt, all at each tick.
 
 **The rule.** An attempt is *young* until it is `SLOW_S` old, then *slow*. A lane is *fast* when its last attempt to end
 ended young, *suspect* when it ended slow or one in flight is slow, *unknown* before its first end. With N the total:
@@ -27,7 +29,7 @@ destinations that may hang at the same time.
 from typing import Final
 
 SLOW_S: Final = 0.5
-BURST_S: Final = 0.25
+BURST_S: Final = 0.15
 
 
 class Seat:
@@ -51,16 +53,16 @@ class Share:
         "_max_bytes",
         "_slow_bytes",
         "_suspect_in_flight",
-        "_total",
         "_young_bytes",
         "_young_bytes_limit",
         "_young_limit",
         "slow",
+        "total",
         "young",
     )
 
     def __init__(self, total: int, max_bytes: int) -> None:
-        self._total = total
+        self.total = total
         self._max_bytes = max_bytes
         self.young = 0
         self.slow = 0
@@ -96,7 +98,7 @@ class Share:
             return False
         if seat.last_was_fast is None and not seat.slow:
             return not seat.in_flight
-        left = max(1, self._total // 4) - self._suspect_in_flight
+        left = max(1, self.total // 4) - self._suspect_in_flight
         return seat.in_flight < left or (left > 0 and not seat.in_flight)
 
     def started(self, seat: Seat, size: int) -> None:
@@ -163,34 +165,33 @@ class Share:
                 self._suspect_in_flight += seat.in_flight
 
     def _limit(self) -> None:
-        self._young_limit = (max(0, self._total - self.slow) + 1) // 2
+        self._young_limit = (max(0, self.total - self.slow) + 1) // 2
         self._young_bytes_limit = max(0, self._max_bytes - self._slow_bytes) // 2
 
 
 class Rate:
     """A destination's rate in this worker, as GCRA (the generic cell rate algorithm): one number of state.
 
-    Lets through a quarter of a second's worth at once (at least one), so that a caller who comes by every 100 ms uses
-    the rate in full; in any t seconds at most `rate * (t + 0.25) + 1`.
+    In any t seconds it lets through at most `rate * (t + 0.15) + 1`: so much at once that a caller who comes by every
+    100 ms uses the rate in full.
     """
 
-    __slots__ = ("_burst_s", "_full_at", "_interval_s")
+    __slots__ = ("_interval_s", "_paid_at")
 
     def __init__(self, per_s: float) -> None:
         self._interval_s = 1.0 / per_s
-        self._burst_s = max(0.0, BURST_S - self._interval_s)
-        self._full_at = float("-inf")  # when all that was let through has been paid for
+        self._paid_at = float("-inf")  # when all that was let through has been paid for
 
     def take(self, now: float) -> bool:
         """Whether one more may start now; takes it if so."""
-        full_at = self._full_at
-        if full_at < now:
-            full_at = now
-        elif full_at - now > self._burst_s:
+        paid_at = self._paid_at
+        if paid_at < now:
+            paid_at = now
+        elif paid_at - now > BURST_S:
             return False
-        self._full_at = full_at + self._interval_s
+        self._paid_at = paid_at + self._interval_s
         return True
 
     def ready_at(self, now: float) -> float:
         """When the next one may start: `now` or later."""
-        return max(now, self._full_at - self._burst_s)
+        return max(now, self._paid_at - BURST_S)
