@@ -263,7 +263,7 @@ class Egress:
             self._on_blocked(tenant)
 
     def look_up(self, tenant: TenantRef, host: str, done: Found) -> Names | None:
-        """The addresses of `host` at once where they are known, else None, and `done` is called within `lookup_timeout_s`.
+        """The addresses of `host` where they are known, else None, and `done` is called within `lookup_timeout_s`.
 
         Known for 30 s, a failure for 3 s; equal questions of one tenant that are asked together are asked once.
         """
