@@ -686,3 +686,24 @@ def test_help_appears_at_once_and_names_every_command(shell: Shell) -> None:
     slow = {b"pydantic", b"confluent_kafka", b"faust", b"msgspec", b"yaml"}
     assert not slow & set(result.stderr.split())
     assert b"click" in result.stderr.split()  # the control
+
+
+def test_applies_at_a_time_leave_one_file_whole(shell: Shell) -> None:
+    shell.apply()
+    code = "from cli.main import main; main()"
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": os.getcwd(), **shell.env}
+    names = ["One", "Two", "Three"]
+    processes = []
+    for name in names:
+        text = CONFIGURATION.replace("Acme Ltd", name).replace(
+            "externalId: acme2", f"externalId: acme2\n    name: {name}"
+        )
+        args = [sys.executable, "-c", code, "apply", "-f", shell.file(text, f"{name}.yaml")]
+        processes.append(subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env))
+    told = [process.communicate(timeout=60)[1].decode() for process in processes]
+    ends = [process.returncode for process in processes]
+    assert 0 in ends
+    assert all(code == 0 or "nothing of this one was written" in said for code, said in zip(ends, told, strict=True))
+    name = shell.tenant(ACME).name
+    assert name in [names[at] for at, code in enumerate(ends) if code == 0]
+    assert shell.tenant(ExternalId("acme2")).name == name
