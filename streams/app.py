@@ -22,12 +22,12 @@ from typing import Any, Final
 import faust
 import structlog
 import uvloop
+
 from config.logs import configure_logs
+from config.provision import provision, topic_ids
 from config.registry import Registry
 from config.settings import KafkaSettings, Settings
 from config.vault import MasterKeys
-
-from config.provision import provision, topic_ids
 from connectors.egress import Egress
 from schemas.topics import base_topics, record_bytes
 from streams.compiled import Tenants
@@ -112,6 +112,7 @@ class Worker:
             for task in tasks:
                 task.add_done_callback(self._task_ended)
             self._lanes.start(self._settle)
+            await self._ledger.warm()
             await self._restore_averages()
             await self._pump.start()
             self._pump_started = True

@@ -33,7 +33,7 @@ from streams.transport import Consumer, Fetch, Record
 
 log = structlog.get_logger()
 
-ROUND_RECORDS: Final = 1000
+ROUND_RECORDS: Final = 500
 NEW: Final = ord("1")
 STALE: Final = ord("s")
 DONE: Final = ord("d")

@@ -2,7 +2,7 @@
 
 Owns the bounds of waiting (design, section 3, rules 1 and 5 to 8): the queue, the in-flight cap, the rate, the breaker,
 the fair share of the worker's IN_FLIGHT and of its memory. What has no room is parked, never waited for. Plain
-synchronous code, driven by `admit`, by the ends of attempts, and by one tick of 100 ms: no task, future or timer a delivery.
+synchronous code, driven by `admit`, by the ends of attempts and by a tick of 100 ms: no task, future or timer a delivery.
 """
 
 import asyncio
@@ -134,12 +134,13 @@ class Lanes:
         self._flights: dict[str, Flight] = {}
         self._ring: deque[Lane] = deque()
         self._rated: list[Lane] = []  # ready, but their rate lets nothing through before the next tick
-        self._denied: list[Lane] = []  # ready, nothing in flight, and the share lets them start nothing now
+        self._denied: deque[Lane] = deque()  # ready, nothing in flight, and the share lets them start nothing now
         self._waiting: dict[Lane, None] = {}  # lanes with a queue
         self._young: dict[int, Flight] = {}  # in the order of their start, until they end or are slow
         self._lanes: dict[Lane, None] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._kicked = False
+        self._ticked = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._held_for: set[str] = set()
         self._draining = False
@@ -153,6 +154,7 @@ class Lanes:
 
     def start(self, settle: "Settle") -> None:
         self._settle = settle
+        self._ticked = time.monotonic()
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     # ---------------------------------------------------------------- configuration
@@ -381,6 +383,8 @@ class Lanes:
         if lane.queue and not lane.ready:
             lane.ready = True
             self._ring.append(lane)
+        if self._denied:
+            self._ring.append(self._denied.popleft())
         if not self._kicked:
             self._kicked = True
             self._loop.call_soon(self._kick)
@@ -402,6 +406,8 @@ class Lanes:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        stalled = now - self._ticked > 2 * TICK_S  # this process did not run: what waited meanwhile tells nothing
+        self._ticked = now
         aged: list[Flight] = []
         for flight in self._young.values():
             if flight.started_at > now - SLOW_S:
@@ -411,8 +417,9 @@ class Lanes:
             del self._young[id(flight)]
             flight.slow = True
             self._share.aged(flight.lane.seat, flight.delivery.size)
-        for lane in list(self._waiting):
-            self._age(lane, now)
+        if not stalled:
+            for lane in list(self._waiting):
+                self._age(lane, now)
         if self.held_bytes + self.other_held_bytes() > self._settings.memory_budget_bytes:
             self._relieve()
         for waiting in (self._rated, self._denied):
@@ -430,7 +437,11 @@ class Lanes:
             return
         while queue and queue[0].queued_at < now - QUEUE_AGE_S:
             self._park_for_room(self._take_head(lane))
-        backed_up = bool(queue) and queue[0].queued_at < now - BACKED_UP_S
+        # a lane that waits for its turn, not for its destination, is behind because the worker is
+        at_its_limit = (
+            lane.seat.slow > 0 or lane.seat.in_flight >= lane.record.limits.in_flight or lane.rate is not None
+        )
+        backed_up = at_its_limit and bool(queue) and queue[0].queued_at < now - BACKED_UP_S
         if backed_up != lane.backed_up:
             lane.backed_up = backed_up
             self._backed_up += len(queue) if backed_up else -len(queue)
