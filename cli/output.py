@@ -87,13 +87,16 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     env = dict(os.environ if environ is None else environ)
     if not env.get("HEADGATE_KAFKA_BOOTSTRAP"):
         folder = Path(env.get("HEADGATE_DEV_DIR") or ".headgate")
+        running = None
         if folder.is_dir():
             from dev.stack import stack
 
             running = stack(folder)
-            if running is not None:
-                say(f"HEADGATE_KAFKA_BOOTSTRAP is not set: using the embedded stack in {folder}")
-                env = {**env, **running.settings()}
+        if running is not None:
+            say(f"HEADGATE_KAFKA_BOOTSTRAP is not set: using the embedded stack in {folder}")
+            env = {**env, **running.settings()}
+        else:
+            say(f"HEADGATE_KAFKA_BOOTSTRAP is not set, and no embedded stack runs in {folder} (`headgate dev up`)")
     settings = Settings.load(env)
     for warning in settings.warnings:
         say(f"warning: {warning}")
