@@ -1,8 +1,8 @@
 """The floor: consume, sign, POST with a minimal client, nothing else.
 
 No decoding, routing, dedupe, ledger, retry, log, commit or timeout: what a hand-written program could save by doing
-only this. The client reads answers by the rules of HTTP (`httptools`) and stops at the first that is no success. Headgate
-with everything on is held against it.
+only this. The client reads answers by the rules of HTTP (`httptools`) and stops at the first that is no success.
+Headgate with everything on is held against it.
 """
 
 import asyncio
