@@ -594,6 +594,10 @@ class Consumer(driver.Consumer):
             if (offset := tracker.committable()) is not None and offset != self._committed.get(at)
         }
 
+    async def on_task_error(self, exc: BaseException) -> None:
+        """An agent raised."""
+        await self.crash(exc)
+
     def ack(self, message: Any) -> bool:
         """Faust's acknowledgement of an event says nothing about its records: `settled` does."""
         return False
@@ -698,7 +702,7 @@ class Consumer(driver.Consumer):
             await self._hand_over()
             fetching = self.transport.fetching
             if sum(map(len, drawn.records.values())) < fetching.small_records:
-                await self.sleep(fetching.gather_s)
+                await asyncio.sleep(fetching.gather_s)
 
     async def _draw(self) -> _Drawn:
         """The next records. A call that was cancelled while waiting leaves its question open for the next one."""
@@ -839,11 +843,16 @@ class SafeApp(faust.App):
     def _new_producer_transport(self) -> Transport:
         return self._new_transport()
 
-    def source_topic(self, name: str) -> Any:
-        """A topic to decorate one agent with: raw bytes, made by others, never declared."""
-        return self.topic(
-            name, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", internal=False
+    def reads(self, topic: str) -> Callable[[Any], Any]:
+        """Decorate the one agent of a topic; its events are of raw bytes, see `fetch_of`.
+
+        An agent must not raise. Faust would start it anew and go on without what it held; here that is fatal, and what
+        it held is read again by the next process.
+        """
+        source = self.topic(
+            topic, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", internal=False
         )
+        return cast(Callable[[Any], Any], self.agent(source, name=f"reads-{topic}"))
 
     @property
     def reader(self) -> Consumer:
@@ -872,6 +881,7 @@ def safe_app(
     session_timeout_s: float = 10.0,
     revoke_grace_s: float = 1.0,
     commit_timeout_s: float = 5.0,
+    metadata_max_age_s: float = 30.0,
     fetching: Fetching = AS_MEASURED,
     hooks: Hooks = NO_HOOKS,
 ) -> SafeApp:
@@ -879,7 +889,8 @@ def safe_app(
 
     `bootstrap` is `host:port[,host:port…]`; `instance_id` makes a static member; `max_record_bytes` is the largest
     record that the topics take; `credentials` are `faust.auth` ones. `revoke_grace_s`: how long a rebalance may wait
-    for what is in flight, so that it is not done twice. Call it inside the running loop.
+    for what is in flight, so that it is not done twice; `metadata_max_age_s`: how soon new partitions are seen. Call it
+    inside the running loop.
     """
     return SafeApp(
         fetching=fetching,
@@ -900,6 +911,7 @@ def safe_app(
         broker_max_poll_interval=300.0,
         broker_max_poll_records=fetching.max_records,
         consumer_auto_offset_reset="earliest",
+        consumer_metadata_max_age_ms=int(metadata_max_age_s * 1000),
         consumer_group_instance_id=instance_id,
         consumer_max_fetch_size=max_record_bytes + 64 * 1024,
         datadir=datadir,

@@ -1,7 +1,7 @@
 """A small worker process for the tests of the transport, and the example of how an application runs on it.
 
-`python worker_process.py OPTIONS` (JSON, see `Options`) writes one JSON line per happening to `log`, flushed at once, so
-that what it did before a SIGKILL can be read afterwards. `stock` runs the same agent on Faust as it comes.
+`python worker_process.py OPTIONS` (JSON, see `Options`) writes one JSON line per happening to `log`, flushed at once:
+what it did before a SIGKILL can be read afterwards. `stock` runs the same agent on Faust as it comes.
 """
 
 import asyncio
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import faust
-from msgspec import Struct, json as msgjson
+from msgspec import Struct
+from msgspec import json as msgjson
 
 from streams.transport import Fetching, Hooks, Record, Source, fetch_of, safe_app
 
@@ -27,10 +28,13 @@ class Options(Struct, frozen=True):
     datadir: str
     stock: bool = False
     instance_id: str | None = None
-    hold: list[tuple[int, int]] = []  # (partition, offset): handed over, never settled
-    hold_until: str | None = None  # what is held is settled once this file exists
+    hold: list[tuple[int, int]] = []  # (partition, offset): handed over, not settled before SIGUSR1
+    stall: bool = False  # after its first fetch the agent takes nothing more before SIGUSR1
+    raise_on: bytes = b""  # the agent raises on a fetch with this value (base64 in JSON)
     work_s: float = 0.0  # each fetch takes that long before it is settled
-    stall_until: str | None = None  # the agent takes nothing more until this file exists
+    commit_interval_s: float = 0.2
+    commit_timeout_s: float = 5.0
+    metadata_max_age_s: float = 30.0
     drain_s: float = 5.0
     session_timeout_s: float = 10.0
     revoke_grace_s: float = 1.0
@@ -47,7 +51,7 @@ class Journal:
         self._file.flush()
 
 
-async def run_safe(options: Options, journal: Journal) -> int:
+async def run_safe(options: Options, journal: Journal) -> None:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[BaseException | None] = loop.create_future()
 
@@ -61,7 +65,9 @@ async def run_safe(options: Options, journal: Journal) -> int:
         datadir=Path(options.datadir),
         max_record_bytes=4 * 2**20,
         instance_id=options.instance_id,
-        commit_interval_s=0.2,
+        commit_interval_s=options.commit_interval_s,
+        commit_timeout_s=options.commit_timeout_s,
+        metadata_max_age_s=options.metadata_max_age_s,
         session_timeout_s=options.session_timeout_s,
         revoke_grace_s=options.revoke_grace_s,
         fetching=Fetching(buffer_events=options.buffer_events, max_records=options.max_records),
@@ -74,11 +80,13 @@ async def run_safe(options: Options, journal: Journal) -> int:
     held: list[tuple[Source, int]] = []
     tasks: set[asyncio.Task[None]] = set()
 
-    async def release() -> None:
-        while options.hold_until is None or not Path(options.hold_until).exists():
-            await asyncio.sleep(0.02)
+    go_on = asyncio.Event()
+
+    def release() -> None:
+        go_on.set()
         for source, offset in held:
             app.reader.settled(source, [offset])
+        journal.write("released", offsets=[[source.partition, offset] for source, offset in held])
 
     async def work(source: Source, records: list[Record]) -> None:
         await asyncio.sleep(options.work_s)
@@ -103,16 +111,18 @@ async def run_safe(options: Options, journal: Journal) -> int:
                 values=[(record.value or b"").decode()[:40] for record in fetch.records],
                 keys=[record.key if record.key is None else record.key.decode() for record in fetch.records],
             )
+            if options.raise_on in [record.value for record in fetch.records]:
+                raise ZeroDivisionError("a bug")
             task = asyncio.create_task(work(fetch.source, list(fetch.records)))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
-            while options.stall_until is not None and not Path(options.stall_until).exists():
-                await asyncio.sleep(0.02)
+            if options.stall:
+                await go_on.wait()
 
-    for number, topic in enumerate(options.topics):
-        app.agent(app.source_topic(topic), name=f"take-{number}")(take)
-    releasing = asyncio.create_task(release()) if options.hold else None
+    for topic in options.topics:
+        app.reads(topic)(take)
 
+    loop.add_signal_handler(signal.SIGUSR1, release)
     loop.add_signal_handler(signal.SIGTERM, end)
     await app.start()
     journal.write("started")
@@ -120,15 +130,12 @@ async def run_safe(options: Options, journal: Journal) -> int:
     loop.add_signal_handler(signal.SIGTERM, lambda: os._exit(1))  # the second signal ends at once
     if reason is not None:
         journal.write("fatal", reason=str(reason))
-        print(reason, file=sys.stderr)
-        return 1
+        print(reason, file=sys.stderr, flush=True)
+        os._exit(1)  # a crashed application does not always stop when it is asked
     drained = await app.reader.drain(options.drain_s)
     journal.write("drained", whole=drained)
-    if releasing is not None:
-        releasing.cancel()
     await app.stop()
     journal.write("stopped")
-    return 0
 
 
 def run_stock(options: Options, journal: Journal) -> None:
@@ -170,8 +177,7 @@ def main() -> None:
     if options.stock:
         run_stock(options, journal)
         return
-    code = asyncio.run(run_safe(options, journal))
-    os._exit(code)  # nothing that a crashed service left behind may hold the process
+    asyncio.run(run_safe(options, journal))
 
 
 if __name__ == "__main__":
