@@ -200,7 +200,7 @@ def show(letter: tuple[int, int], tenant: ExternalId | None, vendor: Vendor, unr
         shown["headers"] = {name: _readable(value) for name, value in headers.items()}
         shown["value"] = _readable(message.value() or b"")
     else:
-        shown["event"] = _opened(settings, owner, message)
+        shown["content"] = _opened(settings, owner, message)
     show_json(shown) if output == "json" else _show_text(shown)
 
 
@@ -352,7 +352,7 @@ def _table(letters: list[Letter], unrouted: bool, with_marked: bool) -> None:
 
 def _show_text(shown: Mapping[str, Any]) -> None:
     for name, value in shown.items():
-        if name not in ("event", "value", "headers"):
+        if name not in ("content", "value", "headers"):
             click.echo(f"{name}: {printable(str(value))}")
     for name, value in shown.get("headers", {}).items():
         click.echo(f"header {printable(name)}: {printable(value)}")
@@ -360,7 +360,7 @@ def _show_text(shown: Mapping[str, Any]) -> None:
     if "value" in shown:
         click.echo("\n".join(printable(line) for line in shown["value"].split("\n")))
     else:
-        click.echo(msgspec.json.format(bytes(shown["event"]), indent=2).decode())
+        click.echo(msgspec.json.format(bytes(shown["content"]), indent=2).decode())
 
 
 group.add_command(later("dlq replay", "sending letters again"))

@@ -536,7 +536,7 @@ def test_dlq_show_opens_the_event_of_its_own_tenant_only(pooled: Shell) -> None:
     result = pooled.run("dlq", "show", letter, "--tenant", "acme", "--output", "json")
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
-    assert shown["event"]["payload"] == {"total": 1.5}
+    assert shown["content"]["payload"] == {"total": 1.5}
     assert shown["error"] == "timeout"
     assert '"total": 1.50' in result.stdout  # numbers keep their digits
     assert '"total": 1.50' in pooled.run("dlq", "show", letter, "--tenant", "acme").stdout
