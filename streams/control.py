@@ -20,6 +20,7 @@ from schemas.topics import record_bytes
 
 log = structlog.get_logger()
 
+# a question for the ends shares the connection with the fetch, and can wait behind it as long as this
 FETCH_WAIT_MS: Final = 250
 POLL_MS: Final = 200
 CHUNK_RECORDS: Final = 500

@@ -146,8 +146,9 @@ def test_what_cannot_be_written_plainly_is_written_all_the_same() -> None:
 
 
 def test_one_line_stays_one_line() -> None:
-    for format in ("json", "console"):
-        out = set_up(format)  # type: ignore[arg-type]
+    formats: tuple[LogFormat, ...] = ("json", "console")
+    for format in formats:
+        out = set_up(format)
         structlog.get_logger().info("field", text="a\nb\r\nc")
         assert len(out.getvalue().splitlines()) == 1
 
