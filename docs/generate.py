@@ -1,7 +1,7 @@
 """`make docs`: the pages that the code itself knows best. `--check` writes nothing and fails if a page is out of date.
 
 commands.md is the help of every command, connectors/<kind>.md what a kind of destination declares and its guide,
-metrics.md what a worker exposes.
+metrics.md what a worker exposes, settings.md every setting.
 """
 
 import difflib
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cli.main import command
+from config.settings import settings_page
 from connectors.contract import Spec
 from connectors.registry import KINDS
 from streams.metrics import GAUGES, Metrics, Scrape
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     pages = {
         HERE / "commands.md": commands_page(),
         HERE / "metrics.md": metrics_page(),
+        HERE / "settings.md": settings_page(),
         **{HERE / "connectors" / f"{kind}.md": connector_page(spec) for kind, spec in KINDS.items()},
     }
     stale = 0
