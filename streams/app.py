@@ -154,7 +154,7 @@ class Worker:
         )
         self._registry = Registry(MasterKeys.load(settings.keys), settings.topics)
         self._reader = ControlReader(settings, self._registry)
-        egress = Egress(settings.egress_allow, on_blocked=lambda _: self._count_blocked())
+        egress = self._egress = Egress(settings.egress_allow, on_blocked=lambda _: self._count_blocked())
         lanes = self._lanes = Lanes(
             LaneSettings(worker.in_flight, worker.memory_budget_bytes, worker.memory_budget_bytes // 4),
             egress,
@@ -238,8 +238,8 @@ class Worker:
             commit_interval_s=settings.worker.commit_interval_s,
             hooks=Hooks(on_assigned=self._on_assigned, on_revoked=self._on_revoked, on_fatal=self._end),
         )
-        for topic, vendor in self._vendors.items():
-            app.agent(app.source_topic(topic), name=f"route-{vendor}")(self._route)
+        for topic in self._vendors:
+            app.reads(topic)(self._route)
         return app
 
     async def _route(self, stream: Any) -> None:
@@ -377,6 +377,7 @@ class Worker:
         await self._keep_averages()
         await self._reader.stop()
         await self._lanes.close()
+        self._egress.close()
         await self._ledger.close()
         await self._health.stop()
         last_resort.cancel()

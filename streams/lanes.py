@@ -2,7 +2,7 @@
 
 Owns the bounds of waiting (design, section 3, rules 1 and 5 to 8): the queue, the in-flight cap, the rate, the breaker,
 the fair share of the worker's IN_FLIGHT and of its memory. What has no room is parked, never waited for. Plain
-synchronous code, driven by `admit`, by the ends of attempts and by a tick of 100 ms: no task, future or timer a delivery.
+synchronous code, driven by `admit`, by the ends of attempts and by a tick of 100 ms: no task or timer a delivery.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from schemas.ids import DestinationId
 from schemas.outcome import Outcome
 from streams.flight import Flight
 from streams.metrics import Meter, Metrics
-from streams.runner import start_direct
+from streams.runner import NOT_CONNECTED, connected, start_direct
 
 if TYPE_CHECKING:
     from streams.compiled import CompiledTenant
@@ -337,13 +337,16 @@ class Lanes:
         self._share.started(lane.seat, flight.delivery.size)
         flight.started_at = now
         self._young[id(flight)] = flight
-        connector = lane.connector
-        if connector is None or (lane.secrets_until_ms and at_ms >= lane.secrets_until_ms):
-            connector = self._connect(lane, at_ms)
-        start_direct(cast(Direct, connector), flight.delivery, at_ms, partial(self._ended, flight))
+        if lane.connector is None or (lane.secrets_until_ms and at_ms >= lane.secrets_until_ms):
+            self._close(lane.connector)
+            lane.connector = connected(flight.delivery, partial(self._connect, lane, at_ms))
+        done = partial(self._ended, flight)
+        if lane.connector is None:
+            self._loop.call_soon(done, NOT_CONNECTED)
+        else:
+            start_direct(cast(Direct, lane.connector), flight.delivery, at_ms, done)
 
     def _connect(self, lane: Lane, at_ms: int) -> Connector:
-        self._close(lane.connector)
         spec = KINDS[lane.record.type]
         assert spec.feed is Feed.LANE
         opened = open_secrets(lane.owner.tenant, lane.destination, at_ms)

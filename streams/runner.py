@@ -6,6 +6,7 @@ costs its own delivery a retry, bounded by age, and nobody else anything.
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import structlog
 
@@ -16,6 +17,9 @@ from schemas.outcome import Outcome, retry
 log = structlog.get_logger()
 
 Done = Callable[[Outcome], None]
+
+
+NOT_CONNECTED: Final = retry("platform", "connector_error", "an error on our side; we have been told")
 
 
 def _bug(delivery: Delivery, fault: Exception) -> Outcome:
@@ -32,7 +36,16 @@ def _bug(delivery: Delivery, fault: Exception) -> Outcome:
         fault=type(fault).__name__,
         place=place,
     )
-    return retry("platform", "connector_error", "an error on our side; we have been told")
+    return NOT_CONNECTED
+
+
+def connected(delivery: Delivery, connect: Callable[[], Connector]) -> Connector | None:
+    """A connector of the delivery's destination; None where it cannot be made: then `NOT_CONNECTED` is the outcome."""
+    try:
+        return connect()
+    except Exception as fault:
+        _bug(delivery, fault)
+        return None
 
 
 def start_direct(connector: Direct, delivery: Delivery, at_ms: int, done: Done) -> None:
