@@ -129,9 +129,12 @@ class Filter:
         """Raises FilterFault where the expression cannot be evaluated on this event: then it does not match."""
         return self.decide(self._documents.scope(event))
 
-    def decide(self, scope: Scope) -> bool:
-        """As `matches`, on an event whose documents were decoded by the Documents that this filter is bound to."""
-        scope.steps = MAX_STEPS
+    def decide(self, scope: Scope, steps: int = MAX_STEPS) -> bool:
+        """As `matches`, on an event whose documents were decoded by the Documents that this filter is bound to.
+
+        `scope.steps` tells afterwards what is left of `steps`, below zero if they did not suffice.
+        """
+        scope.steps = steps
         if self._locals:
             scope.local = [None] * self._locals
         try:

@@ -9,6 +9,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from routing.documents import MAX_STEPS
 from routing.filters import Filter, FilterFault, compile_filter, documents_for
 from routing.redact import Path, Redaction, parse_path, redaction
 from schemas.attempt import RouteVerdict
@@ -20,6 +21,8 @@ from schemas.ids import DestinationId, RouteId
 MAX_REMEMBERED_TYPES: Final = 256
 # of the ways in which the filters of one type can turn out, how many are kept ready
 MAX_REMEMBERED_OUTCOMES: Final = 64
+# steps for all filters of a tenant on one event, about 0.5 s: one tenant's rules cannot hold up a worker for longer
+MAX_EVENT_STEPS: Final = 5 * MAX_STEPS
 
 
 class PatternError(ValueError):
@@ -129,15 +132,18 @@ class _Plan:
     def decide(self, event: Event) -> Matching:
         scope = self._scope(event)
         passed = 0
+        left = MAX_EVENT_STEPS
         faults: dict[int, str] | None = None
         for bit, position, where in self._filtered:
+            given = left if left < MAX_STEPS else MAX_STEPS
             try:
-                if where.decide(scope):
+                if where.decide(scope, given):
                     passed |= bit
             except FilterFault as fault:
                 if faults is None:
                     faults = {}
                 faults[position] = str(fault)
+            left -= given - scope.steps
         if faults is None:
             found = self._outcomes.get(passed)
             if found is not None:

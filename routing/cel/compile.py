@@ -420,6 +420,7 @@ class Compiler:
             if type(value) is list:
                 return value
             if type(value) is dict:
+                spend(scope, len(value) >> 2)
                 return [from_map_key(key) for key in value]
             raise FilterFault(f"{name}() needs a list or a map, found {kind(value)}")
 

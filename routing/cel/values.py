@@ -77,6 +77,7 @@ _NUMBERS: Final = frozenset({int, float, UInt})
 _ORDERED: Final = frozenset({str, bool, bytes, Timestamp, Duration})
 # what a step pays for, where C does the work
 BYTES_PER_STEP_SHIFT: Final = 6
+_CONTAINER_STEPS: Final = 3
 
 TRUE_KEY: Final = (True,)
 FALSE_KEY: Final = (False,)
@@ -129,12 +130,12 @@ def equal(a: Value, b: Value, scope: Scope) -> bool:
     if kind_a is list:
         if len(a) != len(b):
             return False
-        spend(scope, len(a))
+        spend(scope, len(a) + _CONTAINER_STEPS)
         return all(equal(x, y, scope) for x, y in zip(a, b, strict=True))
     if kind_a is dict:
         if len(a) != len(b):
             return False
-        spend(scope, len(a))
+        spend(scope, len(a) + _CONTAINER_STEPS)
         return all(key in b and equal(value, b[key], scope) for key, value in a.items())
     if kind_a is str or kind_a is bytes:
         spend(scope, len(a) >> BYTES_PER_STEP_SHIFT)

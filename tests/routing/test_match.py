@@ -139,6 +139,21 @@ def test_a_fault_on_one_event_does_not_stay() -> None:
     assert routes.match(event(payload={})).faults == 2
 
 
+def test_costly_rules_of_one_tenant_are_bounded_together_and_cheap_ones_still_decide() -> None:
+    costly = "payload.l.all(a, payload.l.all(b, true))"
+    some = [route(f"c{number}", "*", where=costly) for number in range(50)]
+    routes = table(
+        *some, route("cheap", "*", where="payload.n == 1"), route("walk", "*", where="payload.l.all(a, true)")
+    )
+    found = routes.match(event(payload={"l": list(range(2000)), "n": 1}))
+    assert why(found)["cheap"] == ""
+    # the control: alone, a walk over the list is no cost at all
+    assert why(found)["walk"] == "the expression costs too much on this event"
+    assert destinations(table(routes.routes[-1]).match(event(payload={"l": list(range(2000))}))) == ["hook"]
+    # and nothing of it stays for the next event
+    assert routes.match(event(payload={"l": [1], "n": 1})).faults == 0
+
+
 def test_no_routes_match_nothing() -> None:
     assert table().match(event()) == Matching((), ())
 
