@@ -221,24 +221,33 @@ def receiver(tls: Certificates | None = None, *, arrivals: bool = False) -> Iter
         yield inbox
 
 
-def measure(name: str, pid: int, inbox: RemoteInbox, count: int) -> Measured:
-    """Watch the receiver from the first of `count` deliveries to the last."""
-    began = inbox.stats()
-    stats = _until(name, pid, inbox, lambda requests: requests > 0)
-    first, cpu0, receiver0, at0 = stats.requests, cpu_s(pid), cpu_s(inbox.process.pid), time.monotonic()
-    stats = _until(name, pid, inbox, lambda requests: requests >= count)
-    cpu1, receiver1, at1 = cpu_s(pid), cpu_s(inbox.process.pid), time.monotonic()
-    return Measured(
-        name=name,
-        deliveries=stats.requests - first,
-        total=stats.requests,
-        distinct=stats.accepted,
-        dials=stats.connections - began.connections,
-        cpu_s=cpu1 - cpu0,
-        wall_s=at1 - at0,
-        receiver_cpu_s=receiver1 - receiver0,
-        rss_mb=rss_mb(pid),
-    )
+def contest(
+    name: str,
+    command: Sequence[str],
+    rig: Rig,
+    inbox: RemoteInbox,
+    count: int,
+    environ: Mapping[str, str] | None = None,
+) -> Measured:
+    """Run a command that delivers, and watch the receiver from the first of `count` deliveries to the last."""
+    inbox.clear()
+    dialled = inbox.stats().connections
+    with running(name, command, rig.folder, os.environ if environ is None else environ) as pid:
+        stats = _until(name, pid, inbox, lambda requests: requests > 0)
+        first, cpu0, receiver0, at0 = stats.requests, cpu_s(pid), cpu_s(inbox.process.pid), time.monotonic()
+        stats = _until(name, pid, inbox, lambda requests: requests >= count)
+        cpu1, receiver1, at1 = cpu_s(pid), cpu_s(inbox.process.pid), time.monotonic()
+        return Measured(
+            name=name,
+            deliveries=stats.requests - first,
+            total=stats.requests,
+            distinct=stats.accepted,
+            dials=stats.connections - dialled,
+            cpu_s=cpu1 - cpu0,
+            wall_s=at1 - at0,
+            receiver_cpu_s=receiver1 - receiver0,
+            rss_mb=rss_mb(pid),
+        )
 
 
 def _until(name: str, pid: int, inbox: RemoteInbox, reached: Callable[[int], bool]) -> Stats:
@@ -256,14 +265,11 @@ def _until(name: str, pid: int, inbox: RemoteInbox, reached: Callable[[int], boo
         time.sleep(POLL_S)
 
 
-def baseline(rig: Rig, module: str, load: Load, tls: Certificates | None = None, *more: str) -> Measured:
+def baseline(rig: Rig, module: str, load: Load, inbox: RemoteInbox, tls: Certificates | None, *more: str) -> Measured:
     """One run of `bench.floor` or `bench.naive` over the events of `load`."""
-    name = module.removeprefix("bench.")
-    with receiver(tls) as inbox:
-        command = [
-            sys.executable, "-m", module, "--bootstrap", rig.bootstrap, "--topic", rig.ingress,
-            "--first", json.dumps(load.first), "--receiver", f"127.0.0.1:{inbox.port}", *more,
-        ]  # fmt: skip
-        command += ["--ca", str(tls.ca)] if tls else []
-        with running(name, command, rig.folder, os.environ) as pid:
-            return measure(name, pid, inbox, load.count)
+    command = [
+        sys.executable, "-m", module, "--bootstrap", rig.bootstrap, "--topic", rig.ingress,
+        "--first", json.dumps(load.first), "--receiver", f"127.0.0.1:{inbox.port}", *more,
+    ]  # fmt: skip
+    command += ["--ca", str(tls.ca)] if tls else []
+    return contest(module.removeprefix("bench."), command, rig, inbox, load.count)
