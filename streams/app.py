@@ -61,7 +61,7 @@ def product_version() -> str:
 
 def run_worker(settings: Settings) -> int:
     """Runs until a signal or a fatal fault. The exit code."""
-    configure_logs(settings.log)
+    configure_logs(settings.log, worker=settings.worker.id)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Worker(settings).run())
 

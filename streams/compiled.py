@@ -10,14 +10,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic, TypeVar
 
 import msgspec
+import structlog
 from config.registry import Destination, Registry, Tenant
 
-from routing.match import RouteTable, compile_route
+from routing.filters import FilterError
+from routing.match import PatternError, Route, RouteTable, compile_route
+from routing.redact import PathError
 from schemas.control import DestinationRecord
 from schemas.ids import DestinationId, TenantRef, Vendor, parts
 from streams.lanes import Lane, Lanes
 from streams.ledger import tenant_space
 from streams.metrics import OTHER, Average, Metrics, bump
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -47,7 +52,15 @@ class CompiledTenant:
         "vault",
     )
 
-    def __init__(self, tenant: Tenant, lanes: Lanes, metrics: Metrics, prefix: str, before: "CompiledTenant | None"):
+    def __init__(
+        self,
+        tenant: Tenant,
+        routes: Sequence[Route],
+        lanes: Lanes,
+        metrics: Metrics,
+        prefix: str,
+        before: "CompiledTenant | None",
+    ) -> None:
         self.tenant = tenant
         self.ref: TenantRef = tenant.ref
         self.tag = tenant.tag
@@ -56,7 +69,7 @@ class CompiledTenant:
         self.config_version = tenant.config_version
         self.log_events = tenant.payload_mode != "private"
         self.destinations = tenant.destinations if tenant.state == "active" else {}
-        self.table = RouteTable.build(map(compile_route, tenant.routes))
+        self.table = RouteTable.build(routes)
         self.named_types = {text for route in tenant.routes for text in route.types if "*" not in text}
         self.prefix = parts(tenant.ref.vendor, tenant.ref.tenant)
         self.space: str = before.space if before is not None else tenant_space(prefix, tenant.ref) + ":"
@@ -124,7 +137,13 @@ class Tenants:
 
     def _changed(self, tenant: Tenant) -> None:
         ref = tenant.ref
-        compiled = CompiledTenant(tenant, self._lanes, self._metrics, self._prefix, self._by_ref.get(ref))
+        try:
+            routes = [compile_route(route) for route in tenant.routes]
+        except (PatternError, FilterError, PathError) as fault:
+            # `apply` refuses such a route; what wrote this one was another version. The tenant stays as it was
+            log.error("route_not_compiled", vendor=ref.vendor, fault=type(fault).__name__)
+            return
+        compiled = CompiledTenant(tenant, routes, self._lanes, self._metrics, self._prefix, self._by_ref.get(ref))
         self._by_ref[ref] = compiled
         self._by_key.setdefault(ref.vendor, {})[ref.tenant.encode()] = compiled
 
