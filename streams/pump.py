@@ -33,8 +33,7 @@ from msgspec import Struct
 
 from routing.policy import Look, look, looked_at_ms
 from streams.offsets import NO_CARRY, NOTHING_FETCHED, Carry, Tracker
-from streams.transport import ConsumerDied, Record, TopicPartition
-from streams.transport import _KafkaConsumer as GroupConsumer
+from streams.transport import ConsumerDied, GroupConsumer, Record, TopicPartition
 
 log = structlog.get_logger(__name__)
 

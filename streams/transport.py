@@ -61,7 +61,8 @@ log = structlog.get_logger(__name__)
 FENCED_INSTANCE_ID: Final = 82  # the broker's error code; aiokafka 0.14.0 does not know it
 FULL_POLL_S: Final = 0.005
 HELD_POLL_S: Final = 1.0
-FETCH_WAIT_S: Final = 1.0
+FETCH_WAIT_S: Final = 0.25  # without a record for so long the partitions are idle
+IDLE_MAX_WAIT_MS: Final = 500
 FAULT_BACKOFF_S: Final = 1.0
 FAULT_LOG_EVERY_S: Final = 30.0
 COMMIT_RETRY_S: Final = 0.1
@@ -120,6 +121,7 @@ class Fetching(Struct, frozen=True):
 
     At a trickle a fetch costs more than what it brings (ADR 0003): the broker gathers up to `min_bytes` for at most
     `max_wait_ms`, and after a fetch of less than `small_records` the consumer waits `gather_s` before the next one.
+    While nothing comes at all the broker holds the question, and answers with the first record at once.
     """
 
     min_bytes: int = 1_000_000
@@ -290,7 +292,7 @@ def _error_codes(response: Any) -> Iterator[int]:
         yield response.error_code
 
 
-class _KafkaConsumer(aiokafka.AIOKafkaConsumer):
+class GroupConsumer(aiokafka.AIOKafkaConsumer):
     """aiokafka's consumer, with the connection of a static member where there is an instance id."""
 
     def __init__(
@@ -320,10 +322,10 @@ class _Drawn(NamedTuple):
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The aiokafka side, on its own loop and thread: heartbeats go on whatever the application's loop does."""
 
-    def _create_worker_consumer(self, transport: Any) -> _KafkaConsumer:
+    def _create_worker_consumer(self, transport: Any) -> GroupConsumer:
         conf = self.app.conf
         fetching: Fetching = transport.fetching
-        return _KafkaConsumer(
+        return GroupConsumer(
             group=conf.id,
             instance_id=conf.consumer_group_instance_id or None,
             on_fenced=self._on_fenced,
@@ -369,6 +371,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         coordinator.check_errors()  # takes the fault, else the coordinator waits for ever for someone to take it
         with _polling(fetcher._subscriptions):
             records = await fetcher.fetched_records(None, timeout=timeout_s, max_records=max_records)
+        fetching: Fetching = self.transport.fetching
+        fetcher._fetch_min_bytes = fetching.min_bytes if records else 1
+        fetcher._fetch_max_wait_ms = fetching.max_wait_ms if records else IDLE_MAX_WAIT_MS
         subscription = consumer._subscription.subscription
         return _Drawn(subscription.assignment if subscription is not None else None, records)
 
