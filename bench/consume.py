@@ -92,7 +92,7 @@ def main() -> None:
         writing.start()
         if not asked.rate:
             writing.join()
-        skip = TRICKLE_WARM_UP if asked.rate else 0
+        skip = min(TRICKLE_WARM_UP, asked.count // 10) if asked.rate else 0
         print(asyncio.run(read(on, on.ingress, asked.count, skip, fetching, asked.seconds)))
         writing.join()
 

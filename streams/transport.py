@@ -60,7 +60,7 @@ log = structlog.get_logger(__name__)
 
 FENCED_INSTANCE_ID: Final = 82  # the broker's error code; aiokafka 0.14.0 does not know it
 FULL_POLL_S: Final = 0.005
-HELD_POLL_S: Final = 1.0
+IDLE_POLL_S: Final = 1.0
 FETCH_WAIT_S: Final = 0.25  # without a record for so long the partitions are idle
 IDLE_MAX_WAIT_MS: Final = 500
 FAULT_BACKOFF_S: Final = 1.0
@@ -361,14 +361,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return cast(_Drawn, await self.call_thread(self._draw, timeout_s, max_records))
 
     async def _draw(self, timeout_s: float, max_records: int) -> _Drawn:
-        consumer = self._ensure_consumer()
-        fetcher, coordinator = consumer._fetcher, consumer._coordinator
-        if consumer._closed or fetcher._closed:
-            raise ConsumerStoppedError
-        for task in (coordinator._coordination_task, fetcher._fetch_task):
-            if task.done() and not task.cancelled():
-                raise ConsumerDied from task.exception()
-        coordinator.check_errors()  # takes the fault, else the coordinator waits for ever for someone to take it
+        consumer = self._healthy_consumer()
+        fetcher = consumer._fetcher
         with _polling(fetcher._subscriptions):
             records = await fetcher.fetched_records(None, timeout=timeout_s, max_records=max_records)
         fetching: Fetching = self.transport.fetching
@@ -378,12 +372,26 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return _Drawn(subscription.assignment if subscription is not None else None, records)
 
     async def touch(self) -> None:
-        """Fetching is paused, the worker is alive: the group must not take its partitions away."""
+        """Nothing is drawn for now, the worker is alive: the group must not take its partitions away.
+
+        Raises KafkaError, as `draw` does.
+        """
         await self.call_thread(self._touch)
 
     async def _touch(self) -> None:
-        with _polling(self._ensure_consumer()._fetcher._subscriptions):
+        with _polling(self._healthy_consumer()._fetcher._subscriptions):
             pass
+
+    def _healthy_consumer(self) -> Any:
+        consumer = self._ensure_consumer()
+        fetcher, coordinator = consumer._fetcher, consumer._coordinator
+        if consumer._closed or fetcher._closed:
+            raise ConsumerStoppedError
+        for task in (coordinator._coordination_task, fetcher._fetch_task):
+            if task.done() and not task.cancelled():
+                raise ConsumerDied(f"aiokafka: {task.get_coro()} ended") from task.exception()
+        coordinator.check_errors()  # takes the fault, else the coordinator waits for ever for someone to take it
+        return consumer
 
     @property
     def current_assignment(self) -> Any:
@@ -682,32 +690,33 @@ class Consumer(driver.Consumer):
 
     async def _turn(self) -> None:
         await asyncio.sleep(0)
-        if not self.flow_active:
-            await self.wait(self.can_resume_flow)
-        elif self._held_by:
-            await self._thread.touch()
-            await self.wait(self._released, timeout=HELD_POLL_S)
-        elif self._in_hand:
-            await self._hand_over()
-        else:
-            try:
-                drawn = await self._draw()
-            except (CorruptRecordException, RecordTooLargeError):
-                raise  # aiokafka would skip it or never get past it
-            except KafkaError as fault:
-                self._log_fault(fault)
-                await self.sleep(FAULT_BACKOFF_S)
-                return
-            if not drawn.records:
-                return
-            self._drawn = drawn
-            self._in_hand.extend(
-                (TopicPartition(at.topic, at.partition), records) for at, records in drawn.records.items()
-            )
-            await self._hand_over()
-            fetching = self.transport.fetching
-            if sum(map(len, drawn.records.values())) < fetching.small_records:
-                await asyncio.sleep(fetching.gather_s)
+        try:
+            if not self.flow_active:
+                await self._thread.touch()
+                await self.wait(self.can_resume_flow, timeout=IDLE_POLL_S)
+            elif self._held_by:
+                await self._thread.touch()
+                await self.wait(self._released, timeout=IDLE_POLL_S)
+            elif self._in_hand:
+                await self._hand_over()
+            else:
+                await self._draw_and_hand_over()
+        except (CorruptRecordException, RecordTooLargeError):
+            raise  # aiokafka would never get past the one, and skip the other
+        except KafkaError as fault:
+            self._log_fault(fault)
+            await self.sleep(FAULT_BACKOFF_S)
+
+    async def _draw_and_hand_over(self) -> None:
+        drawn = await self._draw()
+        if not drawn.records:
+            return
+        self._drawn = drawn
+        self._in_hand.extend((TopicPartition(at.topic, at.partition), records) for at, records in drawn.records.items())
+        await self._hand_over()
+        fetching = self.transport.fetching
+        if sum(map(len, drawn.records.values())) < fetching.small_records:
+            await asyncio.sleep(fetching.gather_s)
 
     async def _draw(self) -> _Drawn:
         """The next records. A call that was cancelled while waiting leaves its question open for the next one."""
@@ -752,7 +761,10 @@ class Consumer(driver.Consumer):
             self._carries.pop(at, None)
             tracker = None
         if tracker is None:
-            tracker = self._trackers[at] = Tracker(self._generation, self._carries.pop(at, NO_CARRY))
+            carry = self._carries.pop(at, NO_CARRY)
+            if records[0].offset < carry.floor:
+                self._valid_from[at] = self._generation  # what settles late may be of another log of that name
+            tracker = self._trackers[at] = Tracker(self._generation, carry)
         known = tracker.fetched([record.offset for record in records], [record.timestamp for record in records])
         self._read_at_ms[at] = records[-1].timestamp
         if known:
