@@ -284,6 +284,13 @@ class Inbox:
         """Every request of the path in the order of arrival."""
         return list(self._path(path).received)
 
+    def take(self, path: str) -> list[Received]:
+        """What the path received since the last take, and forget it; counts and ids stay."""
+        state = self._path(path)
+        taken = list(state.received)
+        state.received.clear()
+        return taken
+
     def accepted(self, path: str) -> frozenset[str]:
         """The webhook-ids that were answered 2xx."""
         return frozenset(self._path(path).accepted)
@@ -394,6 +401,9 @@ class Inbox:
                 asked = parse_qs(target.query)
                 after = int(asked.get("after", ["0"])[0])
                 return 200, msgspec.json.encode(self.received(asked.get("path", [""])[0])[after:])
+            case "POST", "take":
+                asked = parse_qs(target.query)
+                return 200, msgspec.json.encode(self.take(asked.get("path", [""])[0]))
             case "POST", "script":
                 try:
                     order = msgspec.json.decode(request.body, type=Order)
@@ -405,7 +415,7 @@ class Inbox:
                 self.clear()
                 return 200, b"{}"
             case _:
-                return 404, b"GET stats | received?path=P&after=N, POST script | clear"
+                return 404, b"GET stats | received?path=P&after=N, POST script | take?path=P | clear"
 
 
 class _Request:
@@ -656,6 +666,10 @@ class RemoteInbox:
 
     def received(self, path: str, after: int = 0) -> list[Received]:
         return self._call("GET", f"received?path={path}&after={after}", list[Received])
+
+    def take(self, path: str) -> list[Received]:
+        """What the path received since the last take, which the inbox then forgets."""
+        return self._call("POST", f"take?path={path}", list[Received])
 
     def arrivals(self) -> list[Arrival]:
         return self._call("GET", "arrivals", list[Arrival])

@@ -1,0 +1,494 @@
+"""`headgate demo`: the embedded stack, a worker, an inbox, tenants and events, and what becomes of them.
+
+Owns the life of its processes and what is shown. What the tenants are, which events there are and what must become of
+them is `dev/demo`'s.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from statistics import quantiles
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Final, NoReturn
+
+import click
+import msgspec
+from confluent_kafka import Producer
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cli.apply import apply_document
+from cli.output import say, told
+from config.kafka import client_config
+from config.settings import Settings
+from dev import stack as embedded
+from dev.demo import checks
+from dev.demo.checks import Letter, Seen
+from dev.demo.events import DemoEvent, stream
+from dev.demo.places import PLACES, TENANTS, new_secrets
+from dev.inbox import InboxError, Received, RemoteInbox
+
+CONFIG: Final = Path(checks.__file__).with_name("config.yaml")
+PREFIX: Final = "headgate-demo"
+SEED: Final = 20261121
+READY_TIMEOUT_S: Final = 60.0
+END_TIMEOUT_S: Final = 40.0
+ONCE_EVENTS: Final = 300
+ONCE_RATE_PER_S: Final = 300.0
+ONCE_TIMEOUT_S: Final = 90.0
+FLUSH_TIMEOUT_S: Final = 30.0
+POLL_S: Final = 0.1
+REFRESH_S: Final = 0.5
+PLAIN_EVERY_S: Final = 5.0
+SHOWN_FAULTS: Final = 5
+TIMED_DELIVERIES: Final = 2000
+LOG_TAIL_BYTES: Final = 3000
+
+
+@click.command()
+@click.option("--once", is_flag=True, help="No table: publish, wait, check everything, exit 0 only if all of it held.")
+@click.option(
+    "--events",
+    type=click.IntRange(1),
+    help=f"Publish so many, then only watch. With --once: {ONCE_EVENTS} if not given.",
+)
+@click.option(
+    "--rate", type=click.FloatRange(0.1, 2000), default=20.0, show_default=True, help="Events a second, without --once."
+)
+@click.option("--keep", is_flag=True, help="Leave the broker running at the end, to look around in.")
+@click.option(
+    "--dir",
+    "folder",
+    envvar="HEADGATE_DEV_DIR",
+    default=".headgate",
+    show_default=True,
+    show_envvar=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the embedded stack lies.",
+)
+@told
+def command(once: bool, events: int | None, rate: float, keep: bool, folder: Path) -> None:
+    """Tenants, events and an inbox on this machine, live, until Ctrl-C.
+
+    Starts the embedded stack (unless it runs already), a worker and a local inbox for webhooks; applies seven tenants:
+    one with a filter, one whose destination fails at first, one whose destination refuses, three whose names look
+    alike; publishes a stream of events and shows what becomes of them.
+
+    Everything the demo makes has names of its own in Kafka (prefix headgate-demo), so that it disturbs no tenants of
+    yours, and ends with it: what it started is stopped, and a stack that it made is deleted, unless --keep.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with _running(folder, keep) as demo:
+            if once:
+                sys.exit(_once(demo, events or ONCE_EVENTS))
+            try:
+                _watch(demo, events, rate)
+            except KeyboardInterrupt:
+                say("ending")
+    except (embedded.StackError, InboxError, DemoFault) as fault:
+        raise click.ClickException(str(fault)) from fault
+    if not once:
+        _farewell(folder, keep)
+
+
+class DemoFault(Exception):
+    """The demo cannot go on. The message is for the user."""
+
+
+def _interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+# Its processes
+
+
+class Demo:
+    """A running demo: stack, inbox, worker, tenants applied."""
+
+    def __init__(self, env: Mapping[str, str], inbox: RemoteInbox, worker: subprocess.Popen[bytes], log: Path) -> None:
+        self.env = env
+        self.inbox = inbox
+        self.settings = Settings.load(env)
+        self.run = secrets.token_hex(3)
+        self.published: Counter[str] = Counter()
+        self._worker = worker
+        self._log = log
+        self._stream = stream(self.run, SEED)
+        self._refused: list[str] = []
+        self._producer = Producer(
+            client_config(
+                {
+                    **self.settings.kafka.confluent(),
+                    "acks": "all",
+                    "enable.idempotence": True,
+                    "partitioner": "murmur2_random",
+                    "linger.ms": 5,
+                },
+                self._refused,
+            )
+        )
+
+    def publish(self, count: int) -> list[DemoEvent]:
+        """The next events of the stream, handed to the producer."""
+        topic = self.settings.topics.ingress(self.settings.vendors[0])
+        events = list(islice(self._stream, count))
+        for event in events:
+            self._producer.produce(topic, event.value, event.tenant.encode())
+            self.published[event.tenant] += 1
+        self._producer.poll(0)
+        return events
+
+    def flush(self) -> None:
+        """Returns once the broker has acknowledged all that was published."""
+        if left := self._producer.flush(FLUSH_TIMEOUT_S):
+            raise DemoFault(f"{left} events were not acknowledged by the broker. {' '.join(self._refused[-1:])}")
+
+    def look(self) -> dict[str, list[Received]]:
+        """What has arrived at each path since the last look."""
+        self.assert_worker_runs()
+        return {place.path: self.inbox.take(place.path) for place in PLACES}
+
+    def dead(self) -> dict[str, int]:
+        """Dead letters by tenant, from the worker's metrics."""
+        counts: dict[str, int] = defaultdict(int)
+        try:
+            with urllib.request.urlopen(self._url("/metrics"), timeout=5) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return counts
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name == "headgate_deliveries_total" and sample.labels["end"] == "dead":
+                    counts[sample.labels["tenant"]] += int(sample.value)
+        return counts
+
+    def letters(self) -> dict[str, list[Letter]]:
+        """Every tenant's dead letters, as `headgate dlq list` gives them."""
+        found: dict[str, list[Letter]] = {}
+        for tenant in TENANTS:
+            listing = subprocess.run(
+                [*_HEADGATE, "dlq", "list", "--tenant", tenant, "--limit", "100000", "--output", "json"],
+                env={**os.environ, **self.env},
+                capture_output=True,
+                check=False,
+            )
+            if listing.returncode != 0:
+                raise DemoFault(f"`headgate dlq list --tenant {tenant}` failed: {listing.stderr.decode().strip()}")
+            found[tenant] = msgspec.json.decode(listing.stdout, type=list[Letter])
+        return found
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not self._ready():
+            self.assert_worker_runs()
+            if time.monotonic() > deadline:
+                raise DemoFault(
+                    f"the worker was not ready within {READY_TIMEOUT_S:.0f} s; the end of its log:\n{self.log()}"
+                )
+            time.sleep(POLL_S)
+
+    def assert_worker_runs(self) -> None:
+        if (code := self._worker.poll()) is not None:
+            raise DemoFault(f"the worker ended by itself (exit code {code}); the end of its log:\n{self.log()}")
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")[-LOG_TAIL_BYTES:]
+
+    def _ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(self._url("/readyz"), timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:  # not listening yet, or 503
+            return False
+
+    def _url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.env['HEADGATE_HTTP_PORT']}{path}"
+
+
+# the very interpreter that runs this, whatever is on the PATH
+_HEADGATE: Final = (sys.executable, "-m", "cli.main")
+
+
+@contextmanager
+def _running(folder: Path, keep: bool) -> Iterator[Demo]:
+    """Everything started; on the way out all of it ended, in the reverse order."""
+    with ExitStack() as cleanup:
+        before = embedded.status(folder)
+        say("starting Kafka and Redis" if not before.ready else f"using the stack that runs in {folder}")
+        if not before.ready and not keep:
+            # data that were there before stay; what only this demo has made goes
+            cleanup.callback(embedded.down, folder, keep=before.exists)
+        stack = embedded.up(folder, say=say)
+        home = Path(cleanup.enter_context(TemporaryDirectory(prefix="headgate-demo-")))
+        inbox = cleanup.enter_context(RemoteInbox.spawn())
+        env = {
+            **stack.settings(),
+            "HEADGATE_PREFIX": os.environ.get("HEADGATE_PREFIX", PREFIX),
+            "HEADGATE_EGRESS_ALLOW": "127.0.0.0/8",
+            "HEADGATE_WORKER_ID": "demo-0",
+            "HEADGATE_HTTP_PORT": str(_free_port()),
+            "HEADGATE_TENANT_LABEL": "tenant",
+            "HEADGATE_LOG_FORMAT": "json",
+        }
+        signing = new_secrets()
+        for place in PLACES:
+            inbox.script(place.path, place.script, secrets=[signing[place.secret]])
+        say(f"applying {CONFIG.name}: {len(TENANTS)} tenants")
+        text = CONFIG.read_text().replace("INBOX/", inbox.url("/"))
+        apply_document(Settings.load(env), text, str(CONFIG), env=signing)
+        say("starting a worker")
+        log = home / "worker.log"
+        worker = _start_worker(env, log)
+        cleanup.callback(_end_worker, worker)
+        demo = Demo(env, inbox, worker, log)
+        demo.wait_until_ready()
+        yield demo
+
+
+def _start_worker(env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEADGATE_")}
+    with log.open("ab") as out:
+        # a session of its own: Ctrl-C is for us, who end the worker in order
+        return subprocess.Popen(
+            [*_HEADGATE, "worker"],
+            env={**inherited, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+
+
+def _end_worker(worker: subprocess.Popen[bytes]) -> None:
+    worker.terminate()
+    try:
+        worker.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
+    except KeyboardInterrupt:  # asked twice: at once
+        worker.kill()
+        worker.wait()
+        raise
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# --once
+
+
+def _once(demo: Demo, count: int) -> int:
+    """Publish, wait until everything has arrived, check. The exit code."""
+    say(f"publishing {count} events")
+    began = time.monotonic()
+    published: list[DemoEvent] = []
+    for number in range(count):
+        published += demo.publish(1)
+        time.sleep(max(0.0, began + (number + 1) / ONCE_RATE_PER_S - time.monotonic()))
+    demo.flush()
+    say("waiting until all of them have come to an end")
+    received: dict[str, list[Received]] = {place.path: [] for place in PLACES}
+    deadline = time.monotonic() + ONCE_TIMEOUT_S
+    while True:
+        for path, got in demo.look().items():
+            received[path] += got
+        late = time.monotonic() > deadline
+        if late or checks.complete(published, received):
+            # an answer of 403 is a moment ahead of its dead letter
+            results = checks.check(published, Seen(received, demo.letters()))
+            if late or all(result.held for result in results):
+                break
+        time.sleep(REFRESH_S)
+    for result in results:
+        click.echo(f"{'ok    ' if result.held else 'FAILED'} {result.promise} ({result.count} checked)")
+        for fault in result.faults[:SHOWN_FAULTS]:
+            click.echo(f"         {fault}")
+        if len(result.faults) > SHOWN_FAULTS:
+            click.echo(f"         … and {len(result.faults) - SHOWN_FAULTS} more")
+    held = all(result.held for result in results)
+    requests = sum(map(len, received.values()))
+    click.echo(
+        f"{'all held' if held else 'NOT all held'}: {count} events of {len(TENANTS)} tenants, {requests} requests, "
+        f"{time.monotonic() - began:.1f} s"
+    )
+    if not held:
+        say(f"the end of the worker's log:\n{demo.log()}")
+    return 0 if held else 1
+
+
+# The live table
+
+
+class Row(msgspec.Struct, frozen=True):
+    """Times are from `occurredAt` to the attempt that was accepted, in ms, over the last deliveries."""
+
+    tenant: str
+    published: int
+    delivered: int
+    retrying: int
+    dead: int
+    p50_ms: float | None
+    p99_ms: float | None
+
+
+class Tally:
+    """What has become of one tenant's deliveries, kept up from look to look."""
+
+    def __init__(self) -> None:
+        self.failing: set[str] = set()
+        """Answered, but never well; dead letters among them."""
+        self.ages_ms: deque[float] = deque(maxlen=TIMED_DELIVERIES)
+
+    def take(self, request: Received) -> None:
+        if not 200 <= request.status < 300:
+            self.failing.add(request.webhook_id)
+            return
+        self.failing.discard(request.webhook_id)
+        happened = datetime.fromisoformat(msgspec.json.decode(request.body, type=_Happened).occurredAt)
+        self.ages_ms.append(request.arrived_at_ms - happened.timestamp() * 1000)
+
+
+class _Happened(msgspec.Struct):
+    occurredAt: str
+
+
+def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
+    """Publish at the rate and show the table until Ctrl-C."""
+    console = Console()
+    tallies = {tenant: Tally() for tenant in TENANTS}
+    began = time.monotonic()
+    looked = shown = began - PLAIN_EVERY_S
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as screen:
+        while True:
+            due = int((time.monotonic() - began) * rate_per_s) + 1
+            demo.publish(max(0, min(due, limit or due) - demo.published.total()))
+            if time.monotonic() - looked >= REFRESH_S:
+                looked = time.monotonic()
+                arrived = demo.look()
+                for place in PLACES:
+                    for request in arrived[place.path]:
+                        tallies[place.tenant].take(request)
+                table = _table(_rows(demo, tallies), demo.published.total())
+                if screen is not None:
+                    screen.update(Group(table, Text(), *_try_next(demo)), refresh=True)
+                elif looked - shown >= PLAIN_EVERY_S:
+                    shown = looked
+                    console.print(table)
+            time.sleep(POLL_S)
+
+
+def _rows(demo: Demo, tallies: Mapping[str, Tally]) -> list[Row]:
+    dead = demo.dead()
+    paths = demo.inbox.stats().paths
+    rows = []
+    for tenant, tally in tallies.items():
+        cuts = quantiles(tally.ages_ms, n=100) if len(tally.ages_ms) > 1 else None
+        rows.append(
+            Row(
+                tenant,
+                demo.published[tenant],
+                sum(paths[place.path].accepted for place in PLACES if place.tenant == tenant),
+                max(0, len(tally.failing) - dead[tenant]),
+                dead[tenant],
+                cuts[49] if cuts else None,
+                cuts[98] if cuts else None,
+            )
+        )
+    return rows
+
+
+_NOTES: Final = {
+    "acme": "gets everything",
+    "acme2": "a name that starts alike",
+    "ACME": "a name that differs in case",
+    "globex": "filter: total > 100 in CH or DE",
+    "hooli": "two destinations, by type",
+    "initech": "fails twice, then accepts",
+    "umbrella": "refuses everything (403)",
+}
+
+
+def _table(rows: Sequence[Row], published: int) -> Table:
+    table = Table(title=f"headgate demo: {published} events published", title_justify="left", expand=False)
+    table.add_column("tenant")
+    for name in ("in", "delivered", "retrying", "dead", "p50", "p99"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        table.add_row(
+            row.tenant,
+            str(row.published),
+            Text(str(row.delivered), style="green" if row.delivered else ""),
+            Text(str(row.retrying), style="yellow" if row.retrying else ""),
+            Text(str(row.dead), style="red" if row.dead else ""),
+            _duration(row.p50_ms),
+            _duration(row.p99_ms),
+            Text(_NOTES[row.tenant], style="dim"),
+        )
+    return table
+
+
+def _duration(value_ms: float | None) -> str:
+    if value_ms is None:
+        return "-"
+    return f"{value_ms:.0f} ms" if value_ms < 1000 else f"{value_ms / 1000:.1f} s"
+
+
+def _try_next(demo: Demo) -> list[Text]:
+    """Three commands for a second terminal, with what they need to find this demo."""
+    shown = _headgate()
+    around = f"HEADGATE_DEV_DIR={demo.env['HEADGATE_DEV_DIR']} HEADGATE_PREFIX={demo.env['HEADGATE_PREFIX']}"
+    event = '{"customerExternalId":"globex","eventType":"order.placed","payload":{"total":500,"country":"CH"}}'
+    return [
+        Text("Try, in another terminal:", style="bold"),
+        Text(f"  export {around}", style="dim"),
+        Text(f"  {shown} dlq list --tenant umbrella"),
+        Text(f"  {shown} get routes --tenant globex"),
+        Text(f"  echo '{event}' | {shown} publish -f -"),
+        Text("Ctrl-C ends the demo.", style="dim"),
+    ]
+
+
+def _farewell(folder: Path, keep: bool) -> None:
+    """The three commands to try next."""
+    shown = _headgate()
+    if keep:
+        click.echo(f"The stack in {folder} still runs. Try next:")
+        click.echo(f"  HEADGATE_PREFIX={os.environ.get('HEADGATE_PREFIX', PREFIX)} {shown} dlq list --tenant umbrella")
+        click.echo(f"  {shown} apply --help")
+        click.echo(f"  {shown} dev down")
+        return
+    click.echo("Nothing is left running that the demo started. Try next:")
+    click.echo(f"  {shown} dev up          a Kafka and a Redis of your own")
+    click.echo(f"  {shown} apply --help    your tenants, to your own endpoint")
+    click.echo(f"  {shown} demo --once     the demo again, with every delivery checked")
+
+
+def _headgate() -> str:
+    """How the user can call us."""
+    if shutil.which("headgate"):
+        return "headgate"
+    here = Path(sys.argv[0])
+    return os.path.relpath(here) if here.name == "headgate" else f"{os.path.relpath(sys.executable)} -m cli.main"

@@ -1,0 +1,1 @@
+"""The demo's tenants, events and inbox scripts, and the checks that hold them against what arrived."""

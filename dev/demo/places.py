@@ -1,0 +1,78 @@
+"""Where the demo's events should arrive and how: config.yaml said again in plain Python, to check the product by."""
+
+import secrets
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from msgspec import Struct
+
+from dev.inbox import ACCEPT, Refuse, Script, fail_first
+
+TENANTS: Final = ("acme", "acme2", "ACME", "globex", "hooli", "initech", "umbrella")
+FAILS_FIRST: Final = 2
+REFUSAL: Final = 403
+
+Wants = Callable[[str, Mapping[str, Any]], bool]
+
+
+class Place(Struct, frozen=True):
+    """One destination of one tenant. `wants` says by type and payload which events it should get."""
+
+    tenant: str
+    destination: str
+    path: str
+    secret: str
+    """The name of the variable that holds its signing secret."""
+    wants: Wants
+    script: Script = ACCEPT
+    dead: bool = False
+    """Whether what it gets ends as dead letters."""
+    failures: int = 0
+    """Failed attempts before each delivery goes well."""
+    redacts_card: bool = False
+
+
+def _all(_type: str, _payload: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _big(event_type: str, payload: Mapping[str, Any]) -> bool:
+    return (
+        (event_type.startswith("order.") or event_type == "invoice.paid")
+        and payload["total"] > 100
+        and payload["country"] in ("CH", "DE")
+    )
+
+
+def _people(event_type: str, _payload: Mapping[str, Any]) -> bool:
+    return event_type.startswith("user.")
+
+
+def _money(event_type: str, _payload: Mapping[str, Any]) -> bool:
+    return event_type.startswith("invoice.") or event_type == "subscription.renewed"
+
+
+PLACES: Final = (
+    Place("acme", "hook", "/acme", "DEMO_SECRET_ACME", _all),
+    Place("acme2", "hook", "/acme2", "DEMO_SECRET_ACME2", _all),
+    Place("ACME", "hook", "/ACME", "DEMO_SECRET_ACME_CORP", _all),
+    Place("globex", "big-orders", "/globex", "DEMO_SECRET_GLOBEX", _big, redacts_card=True),
+    Place("hooli", "crm", "/hooli-crm", "DEMO_SECRET_HOOLI_CRM", _people),
+    Place("hooli", "billing", "/hooli-billing", "DEMO_SECRET_HOOLI_BILLING", _money),
+    Place(
+        "initech",
+        "flaky",
+        "/initech",
+        "DEMO_SECRET_INITECH",
+        _all,
+        script=fail_first(FAILS_FIRST),
+        failures=FAILS_FIRST,
+    ),
+    Place("umbrella", "closed", "/umbrella", "DEMO_SECRET_UMBRELLA", _all, script=Refuse(REFUSAL), dead=True),
+)
+
+
+def new_secrets() -> dict[str, str]:
+    """A fresh signing secret for each place, by the name of its variable."""
+    return {place.secret: "whsec_" + b64encode(secrets.token_bytes(32)).decode() for place in PLACES}
