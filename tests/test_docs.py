@@ -89,7 +89,7 @@ def fault_of(arguments: list[str]) -> str:
                 return f"{at.name} has no option {name}"
             if isinstance(option, click.Option) and not option.is_flag and "=" not in word:
                 next(words, None)
-        elif isinstance(at, click.Group):
+        elif isinstance(at, click.Group) and not word.isupper():  # COMMAND stands for any
             below = at.get_command(context, word)
             if below is None:
                 return f"{at.name} has no command {word}"
