@@ -57,6 +57,7 @@ FLUSH_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.1
 REFRESH_S: Final = 0.5
 PLAIN_EVERY_S: Final = 5.0
+STUMBLE_EVERY_S: Final = 20.0
 SHOWN_FAULTS: Final = 5
 TIMED_DELIVERIES: Final = 2000
 LOG_TAIL_BYTES: Final = 3000
@@ -316,7 +317,7 @@ def _once(demo: Demo, count: int) -> int:
             received[path] += got
         late = time.monotonic() > deadline
         if late or checks.complete(published, received):
-            # an answer of 403 is a moment ahead of its dead letter
+            # an answer of 422 is a moment ahead of its dead letter
             results = checks.check(published, Seen(received, demo.letters()))
             if late or all(result.held for result in results):
                 break
@@ -380,10 +381,16 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
     tallies = {tenant: Tally() for tenant in TENANTS}
     began = time.monotonic()
     looked = shown = began - PLAIN_EVERY_S
+    stumbled = began
     with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as screen:
         while True:
             due = int((time.monotonic() - began) * rate_per_s) + 1
             demo.publish(max(0, min(due, limit or due) - demo.published.total()))
+            if time.monotonic() - stumbled >= STUMBLE_EVERY_S:
+                stumbled = time.monotonic()
+                for place in PLACES:
+                    if place.failures:
+                        demo.inbox.script(place.path, place.script)  # counts its failures from the start
             if time.monotonic() - looked >= REFRESH_S:
                 looked = time.monotonic()
                 arrived = demo.look()
@@ -425,8 +432,8 @@ _NOTES: Final = {
     "ACME": "a name that differs in case",
     "globex": "filter: total > 100 in CH or DE",
     "hooli": "two destinations, by type",
-    "initech": "fails twice, then accepts",
-    "umbrella": "refuses everything (403)",
+    "initech": "fails now and then",
+    "umbrella": "refuses everything (422)",
 }
 
 

@@ -10,8 +10,10 @@ from msgspec import Struct
 from dev.inbox import ACCEPT, Refuse, Script, fail_first
 
 TENANTS: Final = ("acme", "acme2", "ACME", "globex", "hooli", "initech", "umbrella")
-FAILS_FIRST: Final = 2
-REFUSAL: Final = 403
+FAILS_FIRST: Final = 4
+"""Too few for the breaker, which opens at 10 attempts of which half failed."""
+REFUSAL: Final = 422
+"""Says that the event is at fault. A 403 would be the destination's fault: after ten of them its breaker opens."""
 
 Wants = Callable[[str, Mapping[str, Any]], bool]
 
@@ -29,7 +31,7 @@ class Place(Struct, frozen=True):
     dead: bool = False
     """Whether what it gets ends as dead letters."""
     failures: int = 0
-    """Failed attempts before each delivery goes well."""
+    """The place fails so many requests, then answers well."""
     redacts_card: bool = False
 
 
@@ -66,7 +68,7 @@ PLACES: Final = (
         "/initech",
         "DEMO_SECRET_INITECH",
         _all,
-        script=fail_first(FAILS_FIRST),
+        script=fail_first(FAILS_FIRST, per="path"),
         failures=FAILS_FIRST,
     ),
     Place("umbrella", "closed", "/umbrella", "DEMO_SECRET_UMBRELLA", _all, script=Refuse(REFUSAL), dead=True),
