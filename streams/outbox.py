@@ -32,13 +32,17 @@ RawHeaders = Sequence[tuple[str, bytes | None]]
 
 
 class Letter(Struct, gc=False):
-    """One record to be written. `partition` -1 leaves the choice to the key. `done(False)`: there is no such topic."""
+    """One record to be written. `partition` -1 leaves the choice to the key.
+
+    `done(letter, False)`: there is no such topic. `done` must not hold the letter itself: the collector does not look
+    into it, so such a ring would stay for good.
+    """
 
     topic: str
     key: bytes | None
     value: bytes | None
     headers: RawHeaders
-    done: Callable[[bool], None]
+    done: Callable[["Letter", bool], None]
     partition: int = -1
 
     def size(self) -> int:
@@ -260,7 +264,7 @@ class Outbox:
         self._last_ack = time.monotonic()
         if not self._open:
             self._idle.set()
-        letter.done(error is None)
+        letter.done(letter, error is None)
 
     def _poll(self) -> None:
         self._poller = None

@@ -46,7 +46,7 @@ GATHER_S: Final = 0.005
 MISSING_TOPIC_WAIT_S: Final = 5.0
 
 
-def nothing(_found: bool) -> None:
+def nothing(_letter: Letter, _found: bool) -> None:
     """Before a letter's `done` is set."""
 
 
@@ -185,7 +185,7 @@ class Settle:
     def relay(self, letter: Letter, source: Source, offset: int) -> None:
         """Writes a record that replaces another as it is, and acknowledges that one's source then."""
 
-        def done(_found: bool) -> None:
+        def done(_letter: Letter, _found: bool) -> None:
             self._letter_done()
             source.settled((offset,))
 
@@ -202,7 +202,7 @@ class Settle:
         value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, canonical(delivery.event))
         key = delivery_key(delivery.tenant, delivery.destination)
         letter = Letter(topic, key, value, parked_headers(parked), nothing, partition)
-        letter.done = partial(self._replaced, flight, letter)
+        letter.done = partial(self._replaced, flight)
         self._open_letters += 1
         self._idle.clear()
         self._outbox.write(letter)
