@@ -215,7 +215,7 @@ def test_the_first_steps_of_the_readme_deliver_an_event_and_keep_a_refused_one(s
     env = {name: value for name, value in os.environ.items() if not name.startswith("HEADGATE_")} | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         # where `dev up` finds the stack of this test run already up, as it would on its second run
-        "HEADGATE_DEV_DIR": str(stack.dir),
+        "HEADGATE_DEV_DIR": str(stack.dir.resolve()),
         # what keeps apart those who share it
         "HEADGATE_PREFIX": f"d{secrets.token_hex(4)}",
         "HEADGATE_HTTP_PORT": "0",
