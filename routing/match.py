@@ -100,12 +100,14 @@ class Matching(Struct, frozen=True):
     """What became of one event. Shared between events that turned out alike: nobody writes to it.
 
     `verdicts` says of every route, in the table's order, whether it matched; else `why`: `type`, `where`, or the text
-    of the fault, which quotes no value of the event. `faults` counts those.
+    of the fault, which quotes no value of the event. `faults` counts those. `hidden` is what any of the deliveries
+    takes out: what the event's own record must not show either.
     """
 
     matched: tuple[Matched, ...]
     verdicts: tuple[RouteVerdict, ...]
     faults: int = 0
+    hidden: Redaction | None = None
 
 
 class _Plan:
@@ -174,7 +176,8 @@ class _Plan:
             )
             for destination, routes in by_destination.items()
         )
-        return Matching(matched, tuple(verdicts), faults)
+        hidden = redaction(path for one in matched if one.redaction is not None for path in one.redaction.paths)
+        return Matching(matched, tuple(verdicts), faults, hidden)
 
 
 class RouteTable:

@@ -16,7 +16,8 @@ class Delivery(Struct, gc=False):
     `event` is already redacted. `attempt` counts attempts made so far, `hop` re-publications since ingress, `parks` the
     parks since the last attempt. `first_failed_ms` is 0 until the first attempt or park failed. `origin` is
     `topic/partition/offset` of the ingress record. `replay` is the replay job's id, empty outside a replay.
-    `appended_ms` is the append time of the record that brought it into this worker; `size` the bytes it holds.
+    `correlation` is the event's correlation id. `appended_ms` is the append time of the record that brought it into
+    this worker; `size` the bytes it holds.
     """
 
     tenant: TenantRef
@@ -27,6 +28,7 @@ class Delivery(Struct, gc=False):
     appended_ms: int
     size: int
     route: str = ""
+    correlation: str = ""
     trigger: Trigger = "event"
     attempt: int = 0
     hop: int = 0

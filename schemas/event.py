@@ -37,7 +37,7 @@ class Event(Struct, gc=False, omit_defaults=False, forbid_unknown_fields=True):
 
 
 class _Metadata(Struct, gc=False):
-    correlationId: Raw = Raw(b"")
+    correlationId: str = ""
 
 
 class Problem(Struct, frozen=True, gc=False):
@@ -50,7 +50,6 @@ class Problem(Struct, frozen=True, gc=False):
 _decode = msgspec.json.Decoder(Event).decode
 _encode = msgspec.json.Encoder().encode
 _decode_metadata = msgspec.json.Decoder(_Metadata).decode
-_decode_text = msgspec.json.Decoder(str).decode
 
 
 def rfc3339(at_ms: int) -> str:
@@ -133,7 +132,7 @@ def correlation_id(event: Event) -> str:
     if event.metadata is EMPTY_OBJECT:
         return ""
     try:
-        return _decode_text(_decode_metadata(event.metadata).correlationId)[:200]
+        return _decode_metadata(event.metadata).correlationId[:200]
     except (msgspec.DecodeError, RecursionError):
         return ""
 

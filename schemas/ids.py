@@ -155,10 +155,8 @@ def delivery_id(tenant: TenantRef, event_type: str, idempotency_key: str, destin
 
 def attempt_digest(delivery: DeliveryId, attempt: int, replay: str) -> bytes:
     """What names an attempt: the same for a repeat of the same record."""
-    return digest(
-        b"%d:%b%d:%d%d:%b"
-        % (len(delivery), delivery.encode(), len(str(attempt)), attempt, len(replay.encode()), replay.encode())
-    )
+    number = str(attempt)
+    return digest(f"{len(delivery)}:{delivery}{len(number)}:{number}{len(replay)}:{replay}".encode())
 
 
 def default_event_id(topic: str, topic_id8: str, partition: int, offset: int) -> EventId:

@@ -11,8 +11,8 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 import structlog
-from config.registry import Destination, Registry, Tenant
 
+from config.registry import Destination, Registry, Tenant
 from routing.filters import FilterError
 from routing.match import PatternError, Route, RouteTable, compile_route
 from routing.redact import PathError

@@ -17,10 +17,9 @@ import structlog
 from msgspec import Struct
 
 from routing.match import Matching
-from routing.redact import redaction
 from schemas.attempt import PURPOSE_EVENT, EventRecord, encode_record
 from schemas.delivery import Delivery
-from schemas.event import Event, Problem, canonical, correlation_id, decode_event, rfc3339
+from schemas.event import Event, Problem, canonical, correlation_id, decode_event
 from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
 from streams.compiled import CompiledTenant, Tenants, Unknowns
 from streams.flight import Fan, Flight
@@ -28,7 +27,7 @@ from streams.lanes import Lanes
 from streams.ledger import Ledger
 from streams.metrics import Metrics, bump
 from streams.outbox import RawHeaders
-from streams.settle import Settle
+from streams.settle import Clock, Settle
 from streams.transport import Consumer, Fetch, Record
 
 log = structlog.get_logger()
@@ -92,6 +91,7 @@ class Router:
         self._worker = worker
         self._inbox: deque[Lot] = deque()
         self._waiting = 0
+        self._clock = Clock()
         self._some = asyncio.Event()
         self._space = asyncio.Event()
         self._unknown: Unknowns[tuple[Lot, Record]] = Unknowns(tenants, self._asked)
@@ -161,6 +161,7 @@ class Router:
                 at += 1
         answers = await self._ledger.ask(event_keys, positions, delivery_keys, [0] * len(delivery_keys))
         clean = answers is None or answers.clean
+        now = time.monotonic()
         at = first = 0
         for place, item in enumerate(routed):
             event_name = names[at]
@@ -171,7 +172,12 @@ class Router:
             else:
                 answered = b"" if clean or answers is None else answers.deliveries[first : first + count]
                 self._dispatch(
-                    item, event_name, names[at + 1 : at + 1 + count], delivery_keys[first : first + count], answered
+                    item,
+                    event_name,
+                    names[at + 1 : at + 1 + count],
+                    delivery_keys[first : first + count],
+                    answered,
+                    now,
                 )
             at += 1 + count
             first += count
@@ -208,23 +214,33 @@ class Router:
         event_type = event.eventType.encode()
         idempotency = event.idempotencyKey.encode()
         ident = b"%b%d:%b%d:%b" % (tenant.prefix, len(event_type), event_type, len(idempotency), idempotency)
-        digests.append(blake2b(ident, digest_size=16).digest())
+        hashed = blake2b(ident, digest_size=16)
+        digests.append(hashed.digest())
         for match in matching.matched:
-            name = match.destination.encode()
-            digests.append(blake2b(b"%b%d:%b" % (ident, len(name), name), digest_size=16).digest())
+            of_delivery = hashed.copy()
+            name = match.destination
+            of_delivery.update(b"%d:%b" % (len(name), name.encode()))
+            digests.append(of_delivery.digest())
         routed.append(_Routed(tenant, event, lot, offset, record.timestamp, len(value), matching))
         return None
 
     def _dispatch(
-        self, item: _Routed, event_name: str, names: Sequence[str], ledger_keys: Sequence[str], answers: bytes
+        self,
+        item: _Routed,
+        event_name: str,
+        names: Sequence[str],
+        ledger_keys: Sequence[str],
+        answers: bytes,
+        now: float,
     ) -> None:
         tenant, event, lot, offset = item.tenant, item.event, item.lot, item.offset
         bump(tenant.event_counts, "routed" if names else "unmatched")
         origin = f"{lot.topic}/{lot.partition}/{offset}"
+        correlation = correlation_id(event)
         self._settle.routed(
             lot.vendor,
             tenant.ref.tenant,
-            self._event_record(item, event_name, names, origin),
+            self._event_record(item, event_name, names, origin, correlation),
             None if names else lot.fan,
             offset,
         )
@@ -242,6 +258,7 @@ class Router:
                 item.appended_ms,
                 item.size,
                 ",".join(match.routes),
+                correlation,
             )
             flight = Flight(delivery, lane, lot.fan, offset, name, ledger_keys[place])
             if answers and answers[place] == DONE:
@@ -251,9 +268,11 @@ class Router:
                 self._lanes.hold(flight)
                 self._settle.stale(flight)
             else:
-                self._lanes.admit(flight)
+                self._lanes.admit(flight, now)
 
-    def _event_record(self, item: _Routed, event_name: str, names: Sequence[str], origin: str) -> bytes:
+    def _event_record(
+        self, item: _Routed, event_name: str, names: Sequence[str], origin: str, correlation: str
+    ) -> bytes:
         tenant, event = item.tenant, item.event
         ident = "evt_" + event_name
         record = EventRecord(
@@ -262,16 +281,16 @@ class Router:
             tenant.ref.tenant,
             event.eventId,
             event.eventType,
-            rfc3339(int(time.time() * 1000)),
+            self._clock.text(int(time.time() * 1000)),
             origin,
             self._worker,
-            correlation_id(event),
+            correlation,
             tenant.config_version,
             item.matching.verdicts,
             {match.destination: "dlv_" + name for match, name in zip(item.matching.matched, names, strict=True)},
         )
         if tenant.log_events:
-            hidden = redaction(path for m in item.matching.matched if m.redaction for path in m.redaction.paths)
+            hidden = item.matching.hidden
             shown = event if hidden is None else hidden.apply(event)
             record.sealed = tenant.vault.seal(PURPOSE_EVENT, "", ident, canonical(shown))
         return encode_record(record)

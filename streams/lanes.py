@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 TICK_S: Final = 0.1
 QUEUE_AGE_S: Final = 5.0  # nothing waits longer in a lane (rule 5)
-BACKED_UP_S: Final = 0.5  # a lane whose head is older is slower than what comes in, whatever the cause
+BACKED_UP_S: Final = 1.0  # a lane whose head is older is slower than what comes in, whatever the cause
 BACKED_UP_BOUND: Final = 64  # and holds no more than this many
 QUEUE_BOUND: Final = 4096
 ENOUGH_QUEUED: Final = 3000  # in lanes that keep up; beyond, the worker itself is the bottleneck and fetches less
@@ -148,6 +148,7 @@ class Lanes:
         self._backed_up = 0  # of them, in lanes that do not keep up
         self.held_bytes = 0
         self.other_held_bytes: Callable[[], int] = lambda: 0
+        self._other_held = 0  # as it was last asked
         self.room = asyncio.Event()
         self.room.set()
         self._settle: Settle
@@ -187,8 +188,11 @@ class Lanes:
 
     # ---------------------------------------------------------------- admission
 
-    def admit(self, flight: Flight) -> None:
-        """Takes a delivery on: into its lane's queue, to the retry topic, or to the copy that is in flight already."""
+    def admit(self, flight: Flight, now: float) -> None:
+        """Takes a delivery on: into its lane's queue, to the retry topic, or to the copy that is in flight already.
+
+        `now` is the monotonic clock.
+        """
         flying = self._flights.get(flight.key)
         if flying is not None and flight.delivery.hop <= flying.delivery.hop:
             if flying.joined is None:
@@ -200,7 +204,6 @@ class Lanes:
         if lane.removed or lane.disabled or lane.record.held or self._draining:
             self._turn_away(flight)
             return
-        now = time.monotonic()
         if lane.closed_until > now:
             self._settle.park(flight, "retry_after", _wall_ms(lane.closed_until - now))
             return
@@ -222,7 +225,7 @@ class Lanes:
         if not lane.ready:
             lane.ready = True
             self._ring.append(lane)
-        if self.held_bytes + self.other_held_bytes() > self._settings.memory_budget_bytes:
+        if self.held_bytes + self._other_held > self._settings.memory_budget_bytes:
             self._relieve()
 
     def hold(self, flight: Flight) -> None:
@@ -423,7 +426,7 @@ class Lanes:
         if not stalled:
             for lane in list(self._waiting):
                 self._age(lane, now)
-        if self.held_bytes + self.other_held_bytes() > self._settings.memory_budget_bytes:
+        if self.held_bytes + self._other_held > self._settings.memory_budget_bytes:
             self._relieve()
         for waiting in (self._rated, self._denied):
             self._ring.extend(waiting)
@@ -451,9 +454,10 @@ class Lanes:
 
     def has_room(self) -> bool:
         """Whether the worker should take in more: not while it is itself, rather than a destination, that is behind."""
+        self._other_held = self.other_held_bytes()
         return (
             self.queued - self._backed_up < ENOUGH_QUEUED
-            and self.held_bytes + self.other_held_bytes() < self._settings.memory_budget_bytes
+            and self.held_bytes + self._other_held < self._settings.memory_budget_bytes
             and not self._held_for
         )
 

@@ -20,8 +20,7 @@ from schemas.ids import TenantRef, base32, digest, parts
 log = structlog.get_logger()
 
 DONE: Final = "d"
-STALL_S: Final = 0.005
-STALL_TURNS: Final = 3
+SLICE_S: Final = 0.005
 FIRST_CALL_S: Final = 2.0
 
 # Keys and values travel as one msgpack blob; Redis's cmsgpack reads `str`, not `bin`.
@@ -155,10 +154,10 @@ class Ledger:
             return None
         task = asyncio.ensure_future(call())
         try:
-            await asyncio.wait({task}, timeout=self._deadline_s)
-            for _ in range(STALL_TURNS):  # was Redis slow, or this loop? What has arrived meanwhile is read first
-                if not task.done():
-                    await asyncio.wait({task}, timeout=STALL_S)
+            left_s = self._deadline_s  # of a loop that runs: its own stalls are not Redis's, and count as one slice
+            while left_s > 0 and not task.done():
+                await asyncio.wait({task}, timeout=SLICE_S)
+                left_s -= SLICE_S
             if not task.done():
                 task.cancel()
                 raise TimeoutError

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Final
 
 import structlog
-from config.vault import Unsealable
 from msgspec.structs import replace
 
+from config.vault import Unsealable
 from routing.policy import tier_for
 from schemas.attempt import PURPOSE_DELIVERY
 from schemas.delivery import Delivery
-from schemas.event import from_canonical
+from schemas.event import correlation_id, from_canonical
 from schemas.ids import Vendor
 from schemas.topics import Topics
 from schemas.wire import parked_headers, read_parked
@@ -89,7 +89,7 @@ class Retries:
                 self._lanes.hold(flight)
                 self._settle.dead(flight, "expired", "", "older than max_age")
             else:
-                self._lanes.admit(flight)
+                self._lanes.admit(flight, time.monotonic())
         self._lanes.note_room()
         self._lanes.pump()
 
@@ -130,6 +130,7 @@ class Retries:
             origin=parked.origin,
             appended_ms=due.record.timestamp,
             size=len(value),
+            correlation=correlation_id(event),
             trigger="replay" if parked.replay else "retry",
             attempt=parked.attempt,
             hop=parked.hop,

@@ -31,7 +31,7 @@ from schemas.attempt import (
     encode_record,
 )
 from schemas.control import ControlKey, DisabledRecord, encode_control
-from schemas.event import canonical, correlation_id, rfc3339
+from schemas.event import canonical, rfc3339
 from schemas.ids import EventId, Vendor, attempt_digest, base32_many
 from schemas.topics import Topics, delivery_key
 from schemas.wire import Parked, parked_headers, unrouted_headers
@@ -340,24 +340,24 @@ class Settle:
             tenant = delivery.tenant
             keys, values = batches.setdefault(tenant.vendor, ([], []))
             record = AttemptRecord(
-                id="att_" + name,
-                vendor=tenant.vendor,
-                tenant=tenant.tenant,
-                eventId=event.eventId,
-                eventType=event.eventType,
-                delivery=delivery.id,
-                destination=delivery.destination,
-                destinationType=lane.record.type,
-                attempt=delivery.attempt + 1,
-                trigger=delivery.trigger,
-                at=text(flight.ended_ms),
-                durationMs=int(flight.duration_s * 1e6) / 1000,
-                verdict="delivered",
-                code="recovered",
-                origin=delivery.origin,
-                worker=worker,
-                route=delivery.route,
-                correlationId=correlation_id(event),
+                "att_" + name,
+                tenant.vendor,
+                tenant.tenant,
+                event.eventId,
+                event.eventType,
+                delivery.id,
+                delivery.destination,
+                lane.record.type,
+                delivery.attempt + 1,
+                delivery.trigger,
+                text(flight.ended_ms),
+                int(flight.duration_s * 1e6) / 1000,
+                "delivered",
+                "recovered",
+                delivery.origin,
+                worker,
+                delivery.route,
+                correlationId=delivery.correlation,
                 configVersion=lane.owner.config_version,
             )
             if outcome is not None:
