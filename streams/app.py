@@ -25,8 +25,8 @@ import uvloop
 
 from config.logs import configure_logs
 from config.provision import provision, topic_ids
-from config.registry import Registry
-from config.settings import KafkaSettings, Settings
+from config.registry import Fault, Registry
+from config.settings import KafkaSettings, Settings, SettingsError
 from config.vault import MasterKeys
 from connectors.egress import Egress
 from schemas.topics import base_topics, record_bytes
@@ -153,6 +153,7 @@ class Worker:
             tenant_label=worker.tenant_label, type_label=worker.type_label, version=product_version()
         )
         self._registry = Registry(MasterKeys.load(settings.keys), settings.topics)
+        self._registry.on_fault(self._on_registry_fault)
         self._reader = ControlReader(settings, self._registry)
         egress = self._egress = Egress(settings.egress_allow, on_blocked=lambda _: self._count_blocked())
         lanes = self._lanes = Lanes(
@@ -313,6 +314,12 @@ class Worker:
             yield lag.topic, lag.partition, lag.unread + lag.unsettled, age_s
 
     # ---------------------------------------------------------------- readiness
+
+    def _on_registry_fault(self, fault: Fault) -> None:
+        """A tenant whose data key does not open must not pass for an unknown one: its events would go to unrouted."""
+        if fault.reason == "data_key":
+            problem = f"HEADGATE_MASTER_KEY_FILE: no key of it opens {fault.key}; give the one that wrapped it"
+            self._end(SettingsError([problem]))
 
     def _on_assigned(self, partitions: frozenset[TopicPartition]) -> None:
         self._assigned = partitions

@@ -1,5 +1,6 @@
 """How deliveries end on real Kafka: retried, dead, unrouted, dropped as duplicates; each with its record of it."""
 
+import base64
 import json
 from typing import Any
 
@@ -98,7 +99,9 @@ async def test_a_410_disables_the_destination_until_its_options_change(deploymen
     deployment.inbox.script("/acme")
     await deployment.apply({"tenants": [tenant]})
     await deployment.publish([("acme", event("e4"))])
-    await eventually(lambda: deployment.inbox.received("/acme?fresh") or deployment.inbox.received("/acme")[1:], "again")
+    await eventually(
+        lambda: deployment.inbox.received("/acme?fresh") or deployment.inbox.received("/acme")[1:], "again"
+    )
 
 
 async def test_a_retry_after_closes_the_lane_and_is_never_cut_short(deployment: Deployment):
@@ -190,3 +193,16 @@ async def test_sigterm_settles_what_is_in_flight_and_exits_0(deployment: Deploym
     await deployment.worker("w1")
     await deployment.inbox.wait_for("/acme", 500, 60)
     assert len(deployment.inbox.received("/acme")) == 500, len(delivered)
+
+
+async def test_a_worker_with_another_master_key_ends_instead_of_calling_every_tenant_unknown(deployment: Deployment):
+    await deployment.apply({"tenants": [deployment.tenant("acme")]})
+    await deployment.publish([("acme", event("e1"))])
+    other = deployment.folder / "other.key"
+    other.write_text("other:" + base64.b64encode(b"k" * 32).decode() + "\n")
+    worker = deployment.launch(MASTER_KEY_FILE=str(other))
+    assert await worker.ended() == 1
+    assert "HEADGATE_MASTER_KEY_FILE" in worker.log.read_text()
+    assert deployment.unrouted() == []
+    await deployment.worker()
+    await deployment.inbox.wait_for("/acme", 1, 30)
