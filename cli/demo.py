@@ -473,7 +473,7 @@ def _try_next(demo: Demo) -> list[Text]:
         Text(f"  export {around}", style="dim"),
         Text(f"  {shown} dlq list --tenant umbrella"),
         Text(f"  {shown} get routes --tenant globex"),
-        Text(f"  echo '{event}' | {shown} publish -f -"),
+        Text(f"  echo '{event}' | {shown} publish -f -", no_wrap=True, overflow="ignore"),
         Text("Ctrl-C ends the demo.", style="dim"),
     ]
 

@@ -623,13 +623,13 @@ class RemoteInbox:
         trust: ssl.SSLContext | None = None,
     ) -> "RemoteInbox":
         """Start the process and wait until it listens. `cert`, `key` and `trust` (for our calls) make it speak TLS."""
-        command = [sys.executable, "-m", "dev.inbox", "--port", str(port)]
+        command = [sys.executable, "-m", "dev.inbox", "--port", str(port), "--until-eof"]
         command += ["--count-only"] if count_only else []
         command += ["--arrivals"] if arrivals else []
         command += ["--cert", str(cert), "--key", str(key)] if cert and key else []
         # a session of its own: Ctrl-C at the terminal is for whoever started it, who then ends it in order
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, cwd=_root()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=_root()
         )
         assert process.stdout is not None
         line = process.stdout.readline().decode()
@@ -655,8 +655,9 @@ class RemoteInbox:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait(CLOSE_TIMEOUT_S)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
 
     def url(self, path: str) -> str:
         return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}{path}"
@@ -718,6 +719,9 @@ async def _serve(options: argparse.Namespace) -> None:
     ended = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, ended.set)
+    if options.until_eof:
+        # whoever started us holds the other end, and never writes: readable means gone, however it ended
+        loop.add_reader(sys.stdin.fileno(), ended.set)
     if options.count_only:
         tally = _Tally(options.arrivals)
         server = await loop.create_server(
@@ -747,6 +751,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arrivals", action="store_true", help="with --count-only: keep each event's time of arrival")
     parser.add_argument("--no-bodies", action="store_true", help="do not keep the bodies")
     parser.add_argument("--show", action="store_true", help="print each request as it comes")
+    parser.add_argument("--until-eof", action="store_true", help="end when stdin does")
     parser.add_argument("--cert", help="speak TLS with this certificate chain (PEM)")
     parser.add_argument("--key", help="its key (PEM)")
     parser.add_argument(

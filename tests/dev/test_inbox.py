@@ -162,3 +162,20 @@ def test_counting_only_tells_ids_apart_and_keeps_times_of_arrival() -> None:
         assert (stats.requests, stats.accepted) == (3, 2)
         assert stats.connections == 2  # the sender's, and the one that asks
         assert [arrival.event for arrival in inbox.arrivals()] == ["evt_1", "evt_2", "evt_2"]
+
+
+def test_the_process_ends_with_the_one_that_started_it() -> None:
+    inbox = RemoteInbox.spawn()
+    assert inbox.process.stdin is not None
+    inbox.process.stdin.close()  # all that is left of a starter that was killed
+    assert inbox.process.wait(10) == 0
+    inbox.close()
+
+
+async def test_what_was_taken_is_forgotten_but_still_counted() -> None:
+    async with Inbox() as inbox, aiohttp.ClientSession() as session:
+        await post(session, inbox.url("/a"), "dlv_1")
+        assert [one.webhook_id for one in inbox.take("/a")] == ["dlv_1"]
+        await post(session, inbox.url("/a"), "dlv_2")
+        assert [one.webhook_id for one in inbox.take("/a")] == ["dlv_2"]
+        assert inbox.stats().paths["/a"].accepted == 2
