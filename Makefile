@@ -13,10 +13,10 @@ COMPILE_TEST := $(COMPILE) --extra test -c dev/locks/run.txt
 # what holds for a file holds only once it exists; each is somebody's work
 CHECK_TESTS := $(wildcard tests/test_architecture.py tests/test_chart.py)
 
-.PHONY: help setup setup-test run fmt check types floors locked test chaos bench docs lock clean
+.PHONY: help setup setup-test run fmt check types floors locked test chaos bench docs lock chart-tools clean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.run) ## a locked environment in .venv, and the broker's jars
 	@$(BIN)/python -m dev
@@ -62,6 +62,9 @@ docs: $(VENV)/.test ## write the generated pages anew: commands, metrics, connec
 lock: $(VENV)/.uv ## resolve pyproject.toml into dev/locks (keeps what is pinned; UPGRADE=1 takes the newest)
 	$(UV) $(COMPILE) $(if $(UPGRADE),--upgrade) -o dev/locks/run.txt
 	$(UV) $(COMPILE_TEST) $(if $(UPGRADE),--upgrade) -o dev/locks/test.txt
+
+chart-tools: ## build helm for the chart's tests (minutes; needs Go)
+	GOBIN=$(CURDIR)/.headgate-cache/bin go install helm.sh/helm/v3/cmd/helm@v3.18.6
 
 clean: ## end the stack in .headgate; remove the environment and everything made here
 	@if [ -d .headgate ] && [ -x $(BIN)/headgate ]; then HEADGATE_DEV_DIR=.headgate $(BIN)/headgate dev down; fi

@@ -34,7 +34,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cli.apply import apply_document
 from cli.output import say, told
 from config.kafka import client_config
 from config.settings import Settings
@@ -105,7 +104,7 @@ def command(once: bool, events: int | None, rate: float, keep: bool, folder: Pat
             except KeyboardInterrupt:
                 say("ending")
     except (embedded.StackError, InboxError, DemoFault) as fault:
-        raise click.ClickException(str(fault)) from fault
+        raise click.ClickException(str(fault)) from None
     if not once:
         _farewell(folder, keep)
 
@@ -187,7 +186,7 @@ class Demo:
         for tenant in TENANTS:
             listing = subprocess.run(
                 [*_HEADGATE, "dlq", "list", "--tenant", tenant, "--limit", "100000", "--output", "json"],
-                env={**os.environ, **self.env},
+                env=_environ(self.env),
                 capture_output=True,
                 check=False,
             )
@@ -253,8 +252,7 @@ def _running(folder: Path, keep: bool) -> Iterator[Demo]:
         for place in PLACES:
             inbox.script(place.path, place.script, secrets=[signing[place.secret]])
         say(f"applying {CONFIG.name}: {len(TENANTS)} tenants")
-        text = CONFIG.read_text().replace("INBOX/", inbox.url("/"))
-        apply_document(Settings.load(env), text, str(CONFIG), env=signing)
+        _apply({**env, **signing}, CONFIG.read_text().replace("INBOX/", inbox.url("/")))
         say("starting a worker")
         log = home / "worker.log"
         worker = _start_worker(env, log)
@@ -264,13 +262,32 @@ def _running(folder: Path, keep: bool) -> Iterator[Demo]:
         yield demo
 
 
+def _apply(env: Mapping[str, str], text: str) -> None:
+    # a process of its own can be interrupted at any moment; librdkafka within ours could not
+    applied = subprocess.run(
+        [*_HEADGATE, "apply", "-f", "-"],
+        input=text,
+        env=_environ(env),
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    if applied.returncode != 0:
+        raise DemoFault(f"{CONFIG.name} could not be applied: {applied.stderr.strip()}")
+
+
+def _environ(env: Mapping[str, str]) -> dict[str, str]:
+    """Our environment with the demo's settings and nobody else's."""
+    return {**{name: value for name, value in os.environ.items() if not name.startswith("HEADGATE_")}, **env}
+
+
 def _start_worker(env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEADGATE_")}
     with log.open("ab") as out:
         # a session of its own: Ctrl-C is for us, who end the worker in order
         return subprocess.Popen(
             [*_HEADGATE, "worker"],
-            env={**inherited, **env},
+            env=_environ(env),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=out,
@@ -442,7 +459,7 @@ def _table(rows: Sequence[Row], published: int) -> Table:
     table.add_column("tenant")
     for name in ("in", "delivered", "retrying", "dead", "p50", "p99"):
         table.add_column(name, justify="right")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for row in rows:
         table.add_row(
             row.tenant,
