@@ -38,7 +38,7 @@ from streams.lanes import Lanes, LaneSettings
 from streams.ledger import Ledger
 from streams.metrics import Metrics, registry_for
 from streams.outbox import Outbox
-from streams.pump import Pump
+from streams.pump import HEAP_BUDGET_BYTES, Pump
 from streams.retry import Retries
 from streams.settle import Settle
 from streams.transport import Hooks, SafeApp, TopicPartition, fetch_of, safe_app
@@ -201,9 +201,10 @@ class Worker:
             on_fatal=self._end,
             instance_id=worker.id and f"{worker.id}-retry",
             client_id=f"headgate-{self._name}",
+            max_bytes=min(HEAP_BUDGET_BYTES, worker.memory_budget_bytes // 4),
             commit_interval_s=worker.commit_interval_s,
         )
-        lanes.other_held_bytes = lambda: self._pump.held_bytes + self._outbox.unacknowledged_bytes
+        lanes.other_held_bytes = lambda: self._pump.held_bytes + self._settle.held_bytes + self._outbox.held_bytes
         self._app = self._faust(largest)
         self._router = Router(
             self._app.reader,

@@ -33,6 +33,7 @@ from streams.transport import Consumer, Fetch, Record
 log = structlog.get_logger()
 
 ROUND_RECORDS: Final = 500
+ROUND_BYTES: Final = 4 * 2**20
 NEW: Final = ord("1")
 STALE: Final = ord("s")
 DONE: Final = ord("d")
@@ -47,6 +48,7 @@ class Lot(Struct, gc=False):
     partition: int
     fan: Fan
     records: Sequence[Record]
+    size: int  # bytes of their values
 
 
 class _Routed(Struct, gc=False):
@@ -91,6 +93,7 @@ class Router:
         self._worker = worker
         self._inbox: deque[Lot] = deque()
         self._waiting = 0
+        self._waiting_bytes = 0
         self._clock = Clock()
         self._some = asyncio.Event()
         self._space = asyncio.Event()
@@ -103,11 +106,13 @@ class Router:
         source, records = fetch
         fan = Fan(partial(self._consumer.settled, source))
         topic = source.topic
-        lot = Lot(self._vendors[topic], topic, self._topic_ids[topic], source.partition, fan, records)
+        size = sum([len(record.value) for record in records if record.value is not None])
+        lot = Lot(self._vendors[topic], topic, self._topic_ids[topic], source.partition, fan, records, size)
         self._inbox.append(lot)
         self._waiting += len(records)
+        self._waiting_bytes += size
         self._some.set()
-        while self._waiting > ROUND_RECORDS:
+        while self._waiting > ROUND_RECORDS or self._waiting_bytes > ROUND_BYTES:
             self._space.clear()
             await self._space.wait()
 
@@ -117,12 +122,14 @@ class Router:
             await self._some.wait()
             await self._lanes.room.wait()
             lots: list[Lot] = []
-            count = 0
-            while self._inbox and count < ROUND_RECORDS:
+            count = size = 0
+            while self._inbox and count < ROUND_RECORDS and size < ROUND_BYTES:
                 lot = self._inbox.popleft()
                 lots.append(lot)
                 count += len(lot.records)
+                size += lot.size
             self._waiting -= count
+            self._waiting_bytes -= size
             self._space.set()
             if not self._inbox:
                 self._some.clear()

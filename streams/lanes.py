@@ -41,6 +41,8 @@ BACKED_UP_S: Final = 1.0  # a lane whose head is older is slower than what comes
 BACKED_UP_BOUND: Final = 64  # and holds no more than this many
 QUEUE_BOUND: Final = 4096
 ENOUGH_QUEUED: Final = 3000  # in lanes that keep up; beyond, the worker itself is the bottleneck and fetches less
+ENOUGH_QUEUED_SHARE: Final = 0.25  # the same in bytes, as a part of the memory budget
+RELIEF_SHARE: Final = 0.75  # of the budget: what stays here beyond it parks before the fetch has to wait
 CLOSING_STATUSES: Final = frozenset({429, 503})
 
 
@@ -146,9 +148,10 @@ class Lanes:
         self._draining = False
         self.queued = 0
         self._backed_up = 0  # of them, in lanes that do not keep up
+        self._keeping_up_bytes = 0  # waiting in the others
         self.held_bytes = 0
         self.other_held_bytes: Callable[[], int] = lambda: 0
-        self._other_held = 0  # as it was last asked
+        self._relief_bytes = int(settings.memory_budget_bytes * RELIEF_SHARE)
         self.room = asyncio.Event()
         self.room.set()
         self._settle: Settle
@@ -222,10 +225,12 @@ class Lanes:
         self.queued += 1
         if lane.backed_up:
             self._backed_up += 1
+        else:
+            self._keeping_up_bytes += flight.delivery.size
         if not lane.ready:
             lane.ready = True
             self._ring.append(lane)
-        if self.held_bytes + self._other_held > self._settings.memory_budget_bytes:
+        if self.held_bytes > self._relief_bytes:
             self._relieve()
 
     def hold(self, flight: Flight) -> None:
@@ -270,6 +275,8 @@ class Lanes:
         self.queued -= len(flights)
         if lane.backed_up:
             self._backed_up -= len(flights)
+        else:
+            self._keeping_up_bytes -= lane.queued_bytes
         lane.queued_bytes = 0
         lane.backed_up = False
         self._waiting.pop(lane, None)
@@ -280,18 +287,22 @@ class Lanes:
         self.queued -= 1
         if lane.backed_up:
             self._backed_up -= 1
+        else:
+            self._keeping_up_bytes -= flight.delivery.size
         lane.queued_bytes -= flight.delivery.size
         if not lane.queue:
             self._waiting.pop(lane, None)
         return flight
 
     def _relieve(self) -> None:
-        """Over the memory budget: the lane that holds most parks what it has not started (rule 7)."""
-        if not self._waiting:
-            return
-        fullest = max(self._waiting, key=lambda lane: lane.queued_bytes)
-        for flight in self._take_all(fullest):
-            self._settle.park(flight, "memory")
+        """Where too much stays in lanes: the one that holds most parks what it has not started (rule 7).
+
+        What is on its way out already does not count: parking more would only put more into memory.
+        """
+        while self._waiting and self.held_bytes - self._settle.leaving_bytes > self._relief_bytes:
+            fullest = max(self._waiting, key=lambda lane: lane.queued_bytes)
+            for flight in self._take_all(fullest):
+                self._settle.park(flight, "memory")
 
     # ---------------------------------------------------------------- starting attempts
 
@@ -338,6 +349,7 @@ class Lanes:
 
     def _start(self, lane: Lane, flight: Flight, now: float, at_ms: int) -> None:
         self._share.started(lane.seat, flight.delivery.size)
+        self.held_bytes += flight.delivery.size  # the request is a copy
         flight.started_at = now
         self._young[id(flight)] = flight
         if lane.connector is None or (lane.secrets_until_ms and at_ms >= lane.secrets_until_ms):
@@ -369,6 +381,7 @@ class Lanes:
         if not flight.slow:
             del self._young[id(flight)]
         self._share.finished(lane.seat, flight.slow, flight.delivery.size)
+        self.held_bytes -= flight.delivery.size
         lane.completed(now)
         flight.outcome = outcome
         flight.duration_s = now - flight.started_at
@@ -426,8 +439,7 @@ class Lanes:
         if not stalled:
             for lane in list(self._waiting):
                 self._age(lane, now)
-        if self.held_bytes + self._other_held > self._settings.memory_budget_bytes:
-            self._relieve()
+        self._relieve()
         for waiting in (self._rated, self._denied):
             self._ring.extend(waiting)
             waiting.clear()
@@ -451,13 +463,15 @@ class Lanes:
         if backed_up != lane.backed_up:
             lane.backed_up = backed_up
             self._backed_up += len(queue) if backed_up else -len(queue)
+            self._keeping_up_bytes += -lane.queued_bytes if backed_up else lane.queued_bytes
 
     def has_room(self) -> bool:
         """Whether the worker should take in more: not while it is itself, rather than a destination, that is behind."""
-        self._other_held = self.other_held_bytes()
+        budget = self._settings.memory_budget_bytes
         return (
             self.queued - self._backed_up < ENOUGH_QUEUED
-            and self.held_bytes + self._other_held < self._settings.memory_budget_bytes
+            and self._keeping_up_bytes < budget * ENOUGH_QUEUED_SHARE
+            and (self.held_bytes + self.other_held_bytes() < budget or not self.held_bytes)
             and not self._held_for
         )
 

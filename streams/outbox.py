@@ -110,6 +110,15 @@ class Outbox:
     def unacknowledged_bytes(self) -> int:
         return self._letter_bytes + self._batch_bytes
 
+    @property
+    def unacknowledged_letter_bytes(self) -> int:
+        return self._letter_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """What is not acknowledged lies here and, as a copy, in the producer's queue."""
+        return 2 * (self._letter_bytes + self._batch_bytes)
+
     def unacknowledged_for_s(self) -> float:
         """How long something has waited without any acknowledgement; 0 when nothing waits."""
         if not self._open and not self._batch_bytes:

@@ -58,7 +58,11 @@ class Retries:
         self._unknown: Unknowns[Due] = Unknowns(tenants, self._asked)
 
     async def due(self, records: Sequence[Due]) -> None:
-        """Admits what is due. Returns when all of it is in a lane, parked again, ended, or waits for the registry."""
+        """Admits what is due, once there is room for it in memory.
+
+        Returns when all of it is in a lane, parked again, ended, or waits for the registry.
+        """
+        await self._lanes.room.wait()
         await self._admit(records, asked=False)
 
     async def _asked(self, records: Sequence[Due]) -> None:
@@ -160,6 +164,7 @@ class Retries:
 
     async def move(self, records: Sequence[Due]) -> None:
         """Sends what must wait longer than memory allows on to the tier of what is left of its wait."""
+        await self._lanes.room.wait()
         now_ms = int(time.time() * 1000)
         for due in records:
             parked = read_parked(due.record.headers)

@@ -14,6 +14,7 @@ batches: one gathers while the broker answers for the one before.
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -44,6 +45,9 @@ log = structlog.get_logger()
 
 GATHER_S: Final = 0.005
 MISSING_TOPIC_WAIT_S: Final = 5.0
+# A parked delivery is held three times until the broker has it: as it came, sealed, and in the producer's queue. So
+# while more than this is unacknowledged nothing more is sealed: a lane may park as a whole, however much it holds.
+SEALED_AHEAD_BYTES: Final = 16 * 2**20
 
 
 def nothing(_letter: Letter, _found: bool) -> None:
@@ -97,6 +101,14 @@ class Settle:
         self._idle = asyncio.Event()
         self._idle.set()
         self._open_letters = 0
+        self._to_seal: deque[tuple[Flight, str, Parked, int]] = deque()
+        self._gathered_bytes = 0
+        self.leaving_bytes = 0  # of deliveries that are being replaced: they go as fast as the broker takes them
+
+    @property
+    def held_bytes(self) -> int:
+        """Of records that gather for the next batch. What is written already is the outbox's."""
+        return self._gathered_bytes
 
     # ---------------------------------------------------------------- what can happen to a delivery
 
@@ -163,6 +175,7 @@ class Settle:
     def routed(self, vendor: Vendor, tenant: str, record: bytes, source: Source | None, offset: int) -> None:
         """An event's own record. With a source, it settles that record too: the event goes nowhere."""
         self._records.append((vendor, tenant, record, source, offset))
+        self._gathered_bytes += len(record)
         self._arm()
 
     def unrouted(
@@ -197,14 +210,21 @@ class Settle:
     # ---------------------------------------------------------------- what replaces a delivery
 
     def _replace(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
+        self._open_letters += 1
+        self._idle.clear()
+        self.leaving_bytes += flight.delivery.size
+        if self._to_seal or self._outbox.unacknowledged_letter_bytes > SEALED_AHEAD_BYTES:
+            self._to_seal.append((flight, topic, parked, partition))
+        else:
+            self._seal(flight, topic, parked, partition)
+
+    def _seal(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
         delivery = flight.delivery
         vault = flight.lane.owner.vault
         value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, canonical(delivery.event))
         key = delivery_key(delivery.tenant, delivery.destination)
         letter = Letter(topic, key, value, parked_headers(parked), nothing, partition)
         letter.done = partial(self._replaced, flight)
-        self._open_letters += 1
-        self._idle.clear()
         self._outbox.write(letter)
 
     def _replaced(self, flight: Flight, letter: Letter, found: bool) -> None:
@@ -216,12 +236,15 @@ class Settle:
             return
         if not found:
             bump(flight.lane.meter.dropped, "tenant_deleted")
+        self.leaving_bytes -= flight.delivery.size
         self._flights.append(flight)
         self._letter_done()
         self._arm()
 
     def _letter_done(self) -> None:
         self._open_letters -= 1
+        while self._to_seal and self._outbox.unacknowledged_letter_bytes <= SEALED_AHEAD_BYTES:
+            self._seal(*self._to_seal.popleft())
         self._note_idle()
 
     def _parked(
@@ -286,6 +309,7 @@ class Settle:
         self._armed = False
         flights, self._flights = self._flights, []
         records, self._records = self._records, []
+        self._gathered_bytes = 0
         self._task = self._loop.create_task(self._write(flights, records))
         self._task.add_done_callback(self._finished)
 
