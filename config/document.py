@@ -484,6 +484,13 @@ class _Reader:
                     f"has {len(waits)} attempts, not 1 to {MAX_SCHEDULE}",
                     "list the wait before each attempt, such as [0s, 5s, 5m]",
                 )
+            elif waits[0] != 0:
+                self._fault(
+                    given.place,
+                    f"{path}.schedule",
+                    f"starts with {waits[0]:g} s: the first attempt is made at once",
+                    "let the list begin with 0s, then the wait before each further attempt, such as [0s, 5s, 5m]",
+                )
             schedule = tuple(waits)
         max_age_s = RetrySpec().max_age_s
         if (given := fields.get("max_age")) is not None:

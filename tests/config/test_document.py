@@ -366,3 +366,8 @@ def test_rates(text: str, rate: float) -> None:
 def test_what_is_no_rate_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is not a rate"):
         parse_rate_per_s(text)
+
+
+def test_a_schedule_whose_first_attempt_would_wait_is_refused() -> None:
+    (fault,) = faults(destination(URL + "        retry: {schedule: [5s, 10s]}\n"))
+    assert "retry.schedule: starts with 5 s" in fault
