@@ -263,7 +263,9 @@ def format_storage(kit: Kit, layout: Layout) -> None:
     """Give new storage its cluster id; does nothing to storage that has one."""
     if (layout.data / "meta.properties").is_file():
         return
-    cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    cluster_id = "-"
+    while cluster_id.startswith("-"):  # would pass for an option; Kafka's own random ids avoid it too
+        cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     done = subprocess.run(
         kit.command(
             "kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config", PROPERTIES_FILE,
