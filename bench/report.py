@@ -55,15 +55,15 @@ def machine() -> str:
     )
 
 
-def write(figures: Sequence[Figure], conditions: str) -> None:
+def write(figures: Sequence[Figure], conditions: str, file: Path = PAGE) -> None:
     """Put the figures into the page, in place of those of the last run."""
-    page = PAGE.read_text()
+    page = file.read_text()
     if BEGIN not in page or END not in page:
-        raise BenchError(f"{PAGE.relative_to(ROOT)} has no place for figures ({BEGIN} ... {END})")
+        raise BenchError(f"{file} has no place for figures ({BEGIN} ... {END})")
     head, _, rest = page.partition(BEGIN)
     tail = rest.partition(END)[2]
     table = ["| | median | spread | bar | |", "|---|---|---|---|---|"]
     table += ["| " + " | ".join(cells) + " |" for cells in map(row, figures)]
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     body = "\n".join([BEGIN, f"{when}. {machine()}.", conditions, "", *table, END])
-    PAGE.write_text(head + body + tail)
+    file.write_text(head + body + tail)
