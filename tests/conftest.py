@@ -11,6 +11,6 @@ from tests.stack import stack as stack
 
 @pytest.fixture
 async def deployment(stack: Stack) -> AsyncIterator[Deployment]:
-    """A deployment of its own on the session's Kafka and Redis: own prefix, own inbox; its workers end with the test."""
+    """A deployment of its own on the session's stack: own prefix, own inbox; its workers end with the test."""
     async with Deployment.on(stack) as made:
         yield made

@@ -48,7 +48,7 @@ class Read(msgspec.Struct, frozen=True):
     timestamp_ms: int
 
 
-async def eventually(holds: Callable[[], T | None | bool], what: str, timeout_s: float = DEADLINE_S) -> T:
+async def eventually(holds: Callable[[], T | bool | None], what: str, timeout_s: float = DEADLINE_S) -> T:
     """Polls until `holds()` is true, and returns what it gave."""
     end = time.monotonic() + timeout_s
     while True:
@@ -165,7 +165,7 @@ class Deployment:
         return await asyncio.to_thread(apply_document, self.settings, text, prune=prune)
 
     def webhook(self, path: str, **more: Any) -> dict[str, Any]:
-        """A destination `hook` at `/path` of the inbox; `more` are further fields of it (retry, limits, secrets, id)."""
+        """A destination `hook` at `/path` of the inbox; `more` are its further fields (retry, limits, id)."""
         return {"id": "hook", "type": "webhook", "options": {"url": self.inbox.url(f"/{path}")}, **more}
 
     def tenant(self, external_id: str, path: str | None = None, **more: Any) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class Deployment:
                 if message.error() is not None:
                     open_ -= 1
                     continue
-                headers = {name: value for name, value in message.headers() or ()}
+                headers = dict(message.headers() or ())
                 records.append(
                     Read(
                         topic,
