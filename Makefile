@@ -47,8 +47,11 @@ locked: $(VENV)/.test
 		&& for name in run test; do diff -u dev/locks/$$name.txt "$$now/$$name.txt" \
 			|| { echo "dev/locks/$$name.txt is not what pyproject.toml asks for: make lock" >&2; exit 1; }; done
 
+# Most of a test is waiting for a worker or a timer: processes share the cores well. Each has a stack of its own.
+TEST_PROCESSES ?= 3
+
 test: setup-test ## all tests on a real Kafka and Redis, but the full-size ones
-	@$(BIN)/pytest -m "not chaos"
+	@$(BIN)/pytest -m "not chaos" -n $(TEST_PROCESSES) --dist loadfile
 
 chaos: setup-test ## the full-size tests: kills, stalls, floods
 	@$(BIN)/pytest -m chaos --timeout 3600
