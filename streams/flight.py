@@ -20,6 +20,12 @@ class Source(Protocol):
         ...
 
 
+class Shared(Struct, gc=False):
+    """An event that several deliveries hold together: its bytes count once, until the last of them lets go."""
+
+    holders: int = 0
+
+
 class Flight(Struct, gc=False):
     """A delivery between its admission and its settling. Times are monotonic seconds unless named otherwise.
 
@@ -44,6 +50,7 @@ class Flight(Struct, gc=False):
     end: str = ""
     code: str = ""
     joined: list[tuple[Source, int]] | None = None
+    shared: Shared | None = None
 
 
 class Fan:

@@ -22,7 +22,7 @@ from schemas.delivery import Delivery
 from schemas.event import Event, Problem, canonical, correlation_id, decode_event
 from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
 from streams.compiled import CompiledTenant, Tenants, Unknowns
-from streams.flight import Fan, Flight
+from streams.flight import Fan, Flight, Shared
 from streams.lanes import Lanes
 from streams.ledger import Ledger
 from streams.metrics import Metrics, bump
@@ -252,6 +252,7 @@ class Router:
             offset,
         )
         lot.fan.expect(offset, len(names))
+        shared = Shared() if len(names) > 1 else None
         for place, match in enumerate(item.matching.matched):
             name = DeliveryId("dlv_" + names[place])
             lane = tenant.lane(match.destination)
@@ -268,6 +269,8 @@ class Router:
                 correlation,
             )
             flight = Flight(delivery, lane, lot.fan, offset, name, ledger_keys[place])
+            if match.redaction is None:
+                flight.shared = shared
             if answers and answers[place] == DONE:
                 self._lanes.hold(flight)
                 self._settle.recovered(flight)

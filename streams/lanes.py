@@ -236,13 +236,23 @@ class Lanes:
     def hold(self, flight: Flight) -> None:
         """Counts a delivery among what this worker has, until `release`."""
         self._flights[flight.key] = flight
+        shared = flight.shared
+        if shared is not None:
+            shared.holders += 1
+            if shared.holders > 1:
+                return
         self.held_bytes += flight.delivery.size
 
     def release(self, flight: Flight) -> None:
         """Settled: nothing of it is held any more."""
-        self.held_bytes -= flight.delivery.size
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
+        shared = flight.shared
+        if shared is not None:
+            shared.holders -= 1
+            if shared.holders:
+                return
+        self.held_bytes -= flight.delivery.size
 
     def _turn_away(self, flight: Flight) -> None:
         """No attempt: the destination takes nothing now, or never will."""
