@@ -1,0 +1,257 @@
+"""One tenant hangs, floods or talks for ever: the others are delivered meanwhile (scoreboard R5, R6, R8).
+
+What is asserted is order and counts: the others are delivered while what hangs is still open. Each control runs the
+same through a worker without the safeguard (`without.py`).
+"""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import psutil
+import pytest
+
+from dev.inbox import Hang, Inbox
+from tests.connectors.receiver import Peer, Receiver, Script
+from tests.deployment import Deployment, Worker, event
+
+pytestmark = pytest.mark.broker
+
+MIB = 1 << 20
+POOL = 32
+HUNG_TIMEOUT_S = 25  # the most there is: what hangs is open for longer than the others need
+
+
+async def without(safeguard: str, deployment: Deployment, **env: str) -> Worker:
+    """A worker without one of its safeguards."""
+    command = (sys.executable, "-m", "tests.isolation.without", safeguard)
+    return await deployment.launch("w0", command, **env).ready()
+
+
+def hanging(deployment: Deployment, name: str, timeout_s: float = HUNG_TIMEOUT_S, **more: Any) -> dict[str, Any]:
+    """A tenant whose destination never answers, and may have the whole pool as far as its own limits go."""
+    deployment.inbox.script(f"/{name}", Hang())
+    tenant = deployment.tenant(name, limits={"in_flight": 1024}, **more)
+    tenant["destinations"][0]["options"]["timeout"] = f"{int(timeout_s * 1000)}ms"
+    return tenant
+
+
+def ended(worker: Worker, name: str) -> float:
+    """How many attempts of a tenant have ended."""
+    return worker.metric("headgate_attempts_total", tenant=name)
+
+
+async def delivered(inbox: Inbox, names: list[str], count: int, timeout_s: float = 60) -> None:
+    """Waits until each of the tenants has got `count` events."""
+    await asyncio.gather(*(inbox.wait_for(f"/{name}", count, timeout_s) for name in names))
+
+
+def waited_s(inbox: Inbox, names: list[str], behind: str) -> float:
+    """How long after the first request of `behind` the first of the others came."""
+    first = min(inbox.received(f"/{name}")[0].arrived_at_ms for name in names)
+    return (first - inbox.received(f"/{behind}")[0].arrived_at_ms) / 1000
+
+
+def at_the_others(inbox: Inbox, names: list[str]) -> int:
+    return sum(len(inbox.accepted(f"/{name}")) for name in names)
+
+
+# ---------------------------------------------------------------- R5: hangs
+
+
+async def test_one_hanging_tenant_of_twenty_holds_up_no_delivery_of_the_others(deployment: Deployment) -> None:
+    others = [f"t{n}" for n in range(19)]
+    await deployment.apply({"tenants": [hanging(deployment, "hung"), *map(deployment.tenant, others)]})
+    worker = await deployment.worker(IN_FLIGHT=str(POOL))
+    # what the hanging tenant asks for within its timeout is eight times the pool, ahead of the others and among them
+    await deployment.publish([("hung", event(f"first{n}")) for n in range(4 * POOL)])
+    await deployment.inbox.wait_for("/hung", 1, 20, what="requests")
+    await deployment.publish(
+        [(t, event(f"{t}-{n}")) for n in range(20) for t in (*others, *["hung"] * 7)]
+        + [("hung", event(f"last{n}")) for n in range(4 * POOL)]
+    )
+    await delivered(deployment.inbox, others, 20)
+    assert ended(worker, "hung") == 0
+    assert worker.metric("headgate_in_flight", tenant="hung") >= 1
+    assert all(len(deployment.inbox.received(f"/{name}")) == 20 for name in others)
+
+
+async def test_without_the_fair_share_a_hanging_tenant_holds_up_all(deployment: Deployment) -> None:
+    """The control of the test above."""
+    others = [f"t{n}" for n in range(19)]
+    await deployment.apply({"tenants": [hanging(deployment, "hung", 4), *map(deployment.tenant, others)]})
+    worker = await without("share", deployment, IN_FLIGHT=str(POOL))
+    await deployment.publish([("hung", event(f"first{n}")) for n in range(4 * POOL)])
+    await deployment.inbox.wait_for("/hung", POOL, 20, what="requests")
+    await deployment.publish([(t, event(f"{t}-{n}")) for n in range(20) for t in others])
+    await delivered(deployment.inbox, others, 20)
+    assert ended(worker, "hung") >= 1
+    assert waited_s(deployment.inbox, others, "hung") >= 4
+
+
+async def test_a_hundred_hanging_destinations_of_a_thousand_hold_up_no_delivery_of_the_others(
+    deployment: Deployment,
+) -> None:
+    hung = [f"h{n}" for n in range(100)]
+    others = [f"t{n}" for n in range(900)]
+    tenants = [*(hanging(deployment, name) for name in hung), *map(deployment.tenant, others)]
+    await deployment.apply({"tenants": [{**tenant, "topics": "pooled"} for tenant in tenants]})
+    worker = await deployment.worker(IN_FLIGHT="400", TENANT_LABEL="tenant")
+    await deployment.publish([(name, event(f"{name}-{n}")) for n in range(3) for name in (*hung, *others)])
+    await delivered(deployment.inbox, others, 3)
+    assert all(ended(worker, name) == 0 for name in hung[:3])
+    assert sum(deployment.inbox.stats().paths[f"/{name}"].requests for name in hung) >= 100
+    assert at_the_others(deployment.inbox, others) == 2700
+
+
+# ---------------------------------------------------------------- R6: floods
+
+
+async def flood(deployment: Deployment, worker: Worker) -> None:
+    """More events of a hanging tenant than a worker ever queues, and then the others', in the same partition."""
+    await deployment.publish([("hung", event(f"h{n}")) for n in range(6000)])
+    await deployment.publish([(t, event(f"{t}-{n}")) for n in range(20) for t in ("t0", "t1", "t2")])
+
+
+async def test_a_tenant_that_dumps_its_events_holds_up_nobody_in_its_partition(stack: Any) -> None:
+    async with Deployment.on(stack, HEADGATE_INGRESS_PARTITIONS="1") as deployment:
+        others = ["t0", "t1", "t2"]
+        await deployment.apply({"tenants": [hanging(deployment, "hung"), *map(deployment.tenant, others)]})
+        worker = await deployment.worker(IN_FLIGHT=str(POOL))
+        await flood(deployment, worker)
+        await delivered(deployment.inbox, others, 20)
+        assert ended(worker, "hung") == 0
+        assert worker.metric("headgate_parked_total", tenant="hung") > 0
+        assert worker.metric("headgate_attempts_total", tenant="hung") == 0  # a park costs no attempt
+        assert len(deployment.dead_letters("hung")) == 0
+
+
+async def test_without_parking_a_tenant_that_dumps_its_events_stops_its_partition(stack: Any) -> None:
+    """The control of the test above."""
+    async with Deployment.on(stack, HEADGATE_INGRESS_PARTITIONS="1") as deployment:
+        others = ["t0", "t1", "t2"]
+        await deployment.apply({"tenants": [hanging(deployment, "hung", 4), *map(deployment.tenant, others)]})
+        worker = await without("parking", deployment, IN_FLIGHT=str(POOL))
+        await flood(deployment, worker)
+        await delivered(deployment.inbox, others, 20)
+        assert ended(worker, "hung") >= 1
+        assert waited_s(deployment.inbox, others, "hung") >= 4
+
+
+# ---------------------------------------------------------------- R8: talks for ever
+
+
+def _forever(head: bytes, more: bytes, pause_s: float = 0.0) -> Script:
+    """Answers each request with `head` and then `more`, again and again, until the other side is gone."""
+
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.send(head)
+            while True:
+                await peer.send(more)
+                if pause_s:
+                    await asyncio.sleep(pause_s)
+
+    return script
+
+
+def _bomb() -> bytes:
+    """Gzip of 1 GiB of zeros: 1 MiB."""
+    import zlib
+
+    packer = zlib.compressobj(9, wbits=31)
+    zeros = bytes(MIB)
+    return b"".join(packer.compress(zeros) for _ in range(1024)) + packer.flush()
+
+
+def _once(answer: bytes) -> Script:
+    async def script(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            await peer.send(answer)
+
+    return script
+
+
+@asynccontextmanager
+async def hostile() -> AsyncIterator[dict[str, tuple[Receiver, str]]]:
+    """Far sides that mean harm, by name, and the code that the attempt ends with."""
+    bomb = _bomb()
+    ok = b"HTTP/1.1 200 OK\r\n"
+    scripts: dict[str, tuple[Script, str]] = {
+        "slow-loris": (_forever(b"HTTP/1.1 2", b"0", 0.2), "protocol timeout"),
+        "slow-body": (_forever(ok + b"content-length: 1000\r\n\r\n", b"x", 0.2), "ok timeout"),
+        "endless-headers": (_forever(ok, b"x-more: " + b"y" * 1000 + b"\r\n"), "headers_too_large"),
+        "endless-line": (_forever(ok + b"x-more: ", b"y" * 1000), "headers_too_large"),
+        "endless-chunks": (
+            _forever(ok + b"transfer-encoding: chunked\r\n\r\n", b"3e8\r\n" + b"z" * 1000 + b"\r\n"),
+            "ok",
+        ),
+        "gigabyte": (_forever(ok + b"content-length: 1073741824\r\n\r\n", bytes(65536)), "ok"),
+        "gzip-bomb": (
+            _once(ok + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb) + bomb),
+            "ok",
+        ),
+    }
+    async with AsyncExitStack() as open_:
+        yield {
+            name: (await open_.enter_async_context(Receiver(script)), codes)
+            for name, (script, codes) in scripts.items()
+        }
+
+
+async def test_far_sides_that_talk_for_ever_cost_bounded_memory_and_hold_up_nobody(deployment: Deployment) -> None:
+    others = ["t0", "t1", "t2"]
+    async with hostile() as receivers:
+        tenants = [deployment.tenant(name) for name in others]
+        for name, (receiver, _) in receivers.items():
+            tenant = deployment.tenant(name, retry={"schedule": ["0s"]})
+            tenant["destinations"][0]["options"] = {"url": f"http://127.0.0.1:{receiver.port}/", "timeout": "2s"}
+            tenants.append(tenant)
+        await deployment.apply({"tenants": tenants})
+        worker = await deployment.worker(IN_FLIGHT=str(4 * POOL))
+        await deployment.publish([(t, event(f"warm-{n}")) for n in range(50) for t in others])
+        await delivered(deployment.inbox, others, 50)
+        process = psutil.Process(worker.process.pid)
+        before = process.memory_info().rss
+        await deployment.publish([(t, event(f"{t}-{n}")) for n in range(3) for t in (*receivers, *others)])
+        await delivered(deployment.inbox, others, 53)
+        assert ended(worker, "slow-loris") == 0
+        peak = before
+        for name, (_, codes) in receivers.items():
+            end = lambda name=name: worker.metric("headgate_deliveries_total", tenant=name)  # noqa: E731
+            while end() < 3:
+                peak = max(peak, process.memory_info().rss)
+                await asyncio.sleep(0.05)
+            found = {
+                code
+                for code in (
+                    *codes.split(),
+                    "reset",
+                    "protocol",
+                    "timeout",
+                    "ok",
+                    "connector_error",
+                    "headers_too_large",
+                )
+                if worker.metric("headgate_attempts_total", tenant=name, code=code)
+            }
+            assert found and found <= set(codes.split()), (name, found)
+        assert peak - before < 48 * MIB
+        assert worker.process.poll() is None
+        assert "connector_bug" not in worker.log.read_text()
+
+
+async def test_a_reader_without_bounds_takes_all_that_those_far_sides_say() -> None:
+    """The control of the test above: what comes is not bounded by the far side."""
+    async with hostile() as receivers:
+        receiver, _ = receivers["gigabyte"]
+        reader, writer = await asyncio.open_connection("127.0.0.1", receiver.port)
+        writer.write(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
+        taken = 0
+        while taken < 64 * MIB:
+            taken += len(await reader.read(MIB))
+        writer.close()

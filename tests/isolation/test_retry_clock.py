@@ -1,0 +1,207 @@
+"""Attempts come as the schedule says, never early, and one tenant's waiting delays no other's (R6b, R7)."""
+
+import ssl
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any, Final
+
+import pytest
+import trustme
+
+from dev.inbox import Inbox, Redirect, Refuse, Reset, Script, Throttle, fail_first
+from schemas.wire import Parked, read_parked
+from tests.deployment import Deployment, Read, event, eventually
+
+pytestmark = pytest.mark.broker
+
+SCHEDULE: Final = ["0s", "1s", "2s"]
+EVENTS: Final = 3  # x 3 attempts: fewer than the 10 at which a breaker may open
+
+
+def parked(record: Read) -> Parked:
+    found = read_parked(list(record.headers.items()))
+    assert found is not None
+    return found
+
+
+def _ms(at: str) -> float:
+    return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp() * 1000
+
+
+def attempts_of(deployment: Deployment) -> Mapping[str, list[dict[str, Any]]]:
+    """The attempt records by delivery, in their order."""
+    found: defaultdict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for record in deployment.attempts():
+        if record["kind"] == "attempt":
+            found[record["delivery"]][record["attempt"]] = record
+    return {delivery: [made[number] for number in sorted(made)] for delivery, made in found.items()}
+
+
+def earliness_ms(inbox: Inbox, paths: list[str], attempts: Mapping[str, list[dict[str, Any]]]) -> list[float]:
+    """For each repeated request, how long before its planned time it came; below 0: after it."""
+    early = []
+    for path in paths:
+        for one in inbox.received(path):
+            if one.attempt > 1:
+                early.append(_ms(attempts[one.webhook_id][one.attempt - 2]["nextAt"]) - one.arrived_at_ms)
+    return early
+
+
+def a_tenant(deployment: Deployment, name: str, urls: Mapping[str, str], **more: Any) -> dict[str, Any]:
+    """A tenant whose every event goes to all of these destinations."""
+    return {
+        "externalId": name,
+        "destinations": [
+            {"id": place, "type": "webhook", "options": {"url": url}, "retry": {"schedule": SCHEDULE}, **more}
+            for place, url in urls.items()
+        ],
+        "routes": [{"id": "all", "match": {"types": ["*"]}, "to": list(urls)}],
+    }
+
+
+# ---------------------------------------------------------------- R7: every way to fail
+
+
+async def test_every_way_to_fail_makes_the_attempts_of_its_schedule_never_early_and_then_a_dead_letter(
+    deployment: Deployment,
+) -> None:
+    inbox = deployment.inbox
+    scripts: dict[str, tuple[Script, str, int]] = {  # what the far side does, the code, the attempts
+        "five-hundred": (Refuse(500), "server_error", 3),
+        "throttled": (Refuse(429), "throttled", 3),
+        "unavailable": (Throttle("2", 503), "server_error", 3),
+        "gone": (Refuse(410), "gone", 1),
+        "redirect": (Redirect("/five-hundred"), "redirect", 1),
+        "reset": (Reset(), "reset", 3),
+    }
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(tls)  # signed by nobody that a worker trusts
+    async with Inbox(tls=tls) as untrusted:
+        urls = {name: inbox.url(f"/{name}") for name in scripts} | {"tls": untrusted.url("/tls")}
+        for name, (script, _, _) in scripts.items():
+            inbox.script(f"/{name}", script)
+        await deployment.apply({"tenants": [a_tenant(deployment, "acme", urls)]})
+        worker = await deployment.worker()
+        await deployment.publish([("acme", event(f"e{n}")) for n in range(EVENTS)])
+        expected = {name: (code, made) for name, (_, code, made) in scripts.items()} | {"tls": ("tls", 3)}
+        total = EVENTS * len(expected)
+        letters = await eventually(
+            lambda: (x := deployment.dead_letters("acme"))[total - 1 :] and x, "all dead letters"
+        )
+        assert len(letters) == len({parked(one).delivery for one in letters}) == total
+        await deployment.all_committed()
+        attempts = attempts_of(deployment)
+        disabled = 0
+        for letter in map(parked, letters):
+            code, made = expected[letter.destination]
+            if letter.error == "destination_disabled":
+                disabled += 1  # came after the 410
+                assert (letter.destination, letter.attempt) == ("gone", 0)
+                assert letter.delivery not in attempts
+                continue
+            assert (letter.error, letter.attempt, letter.destination) == (code, made, letter.destination)
+            assert [one["code"] for one in attempts[letter.delivery]] == [code] * made
+        assert disabled == EVENTS - len(inbox.received("/gone"))
+        for name, (_, made) in expected.items():
+            if name not in ("tls", "gone"):
+                numbers = sorted(one.attempt for one in inbox.received(f"/{name}"))
+                assert numbers == sorted(list(range(1, made + 1)) * EVENTS), name
+        assert untrusted.received("/tls") == []
+        # nobody followed the redirect
+        assert {one.webhook_id for one in inbox.received("/five-hundred")}.isdisjoint(
+            one.webhook_id for one in inbox.received("/redirect")
+        )
+        early = earliness_ms(inbox, [f"/{name}" for name in scripts], attempts)
+        assert len(early) == 4 * EVENTS * 2
+        assert max(early) <= 0
+        starts: defaultdict[str, list[float]] = defaultdict(list)
+        for one in inbox.received("/unavailable"):
+            starts[one.webhook_id].append(one.arrived_at_ms)
+        assert all(
+            second - first >= 2000 for times in starts.values() for first, second in zip(times, times[1:], strict=False)
+        )
+        assert worker.metric("headgate_dead_letters_total", tenant="acme") == total
+        assert [parked(one).attempt for one in deployment.retries("acme") if parked(one).error == "redirect"] == []
+
+
+async def test_a_pump_that_does_not_wait_is_seen_to_be_early(deployment: Deployment) -> None:
+    """The control of the test above, as far as it says `never early`."""
+    tenant = a_tenant(deployment, "acme", {"hook": deployment.inbox.url("/acme")})
+    tenant["destinations"][0]["retry"] = {"schedule": ["0s", "4s"]}
+    await deployment.apply({"tenants": [tenant]})
+    deployment.inbox.script("/acme", fail_first(1))
+    command = (sys.executable, "-m", "tests.isolation.without", "waits")
+    await deployment.launch("w0", command).ready()
+    await deployment.publish([("acme", event("e0"))])
+    await deployment.inbox.wait_for("/acme", 1, 30)
+    attempts = await eventually(
+        lambda: (x := attempts_of(deployment)) and len([*x.values()][0]) == 2 and x, "two attempts"
+    )
+    assert max(earliness_ms(deployment.inbox, ["/acme"], attempts)) > 1000
+
+
+# ---------------------------------------------------------------- R6b: one tenant's waiting
+
+
+async def two_in_one_pool(deployment: Deployment) -> None:
+    """Tenant a: one destination that asks for a day, one for 12 s, one that is dead. Tenant b fails once. One pool."""
+    inbox = deployment.inbox
+    inbox.script("/day", Throttle("86400"))
+    inbox.script("/soon", Throttle("12"))
+    inbox.script("/b", fail_first(1))
+    urls = {"day": inbox.url("/day"), "soon": inbox.url("/soon"), "dead": "http://127.0.0.1:9/"}
+    a = a_tenant(deployment, "a", urls)
+    b = a_tenant(deployment, "b", {"hook": inbox.url("/b")})
+    b["destinations"][0]["retry"] = {"schedule": ["0s", "6s", "6s"]}
+    await deployment.apply({"tenants": [{**tenant, "topics": "pooled"} for tenant in (a, b)]})
+
+
+async def publish_both(deployment: Deployment, dumped: int, of_b: int) -> None:
+    await deployment.publish([("a", event(f"a{n}")) for n in range(dumped)])
+    await deployment.inbox.wait_for("/soon", 1, 30, what="requests")
+    await eventually(
+        lambda: any(parked(one).destination == "soon" for one in deployment.retries("pool-00")), "a's delivery waits"
+    )
+    await deployment.publish([("b", event(f"b{n}")) for n in range(of_b)])
+
+
+async def test_a_tenant_that_waits_for_a_day_and_one_dead_endpoint_delay_no_retry_of_another_in_its_pool(
+    stack: Any,
+) -> None:
+    async with Deployment.on(stack, HEADGATE_POOLS="1") as deployment:
+        await two_in_one_pool(deployment)
+        worker = await deployment.worker()
+        await publish_both(deployment, 1000, 8)
+        received = await deployment.inbox.wait_for("/b", 8, 60)
+        assert sorted(one.attempt for one in received) == [1] * 8 + [2] * 8
+        # all of b's waits of 6 s began after a's of 12 s, and ended before it
+        assert max(one.arrived_at_ms for one in received) < deployment.inbox.received("/soon")[0].arrived_at_ms + 12_000
+        attempts = await eventually(
+            lambda: (x := attempts_of(deployment)) and all(one.webhook_id in x for one in received) and x, "attempts"
+        )
+        early = earliness_ms(deployment.inbox, ["/b"], attempts)
+        assert len(early) == 8
+        assert max(early) <= 0
+        assert sorted(early)[1] >= -1000  # at most 1 s late; one may have met a pause of this machine
+        assert worker.metric("headgate_retry_lateness_seconds_count") >= 8
+        # what a waits for costs no writes meanwhile
+        hops: defaultdict[str, int] = defaultdict(int)
+        for one in map(parked, deployment.retries("pool-00")):
+            hops[one.delivery] = max(hops[one.delivery], one.hop)
+        assert max(hops.values()) <= 20
+        assert len(deployment.inbox.received("/day")) <= 16  # its lane closed at the first answers
+
+
+async def test_a_pump_that_holds_the_head_of_its_partition_delays_others(stack: Any) -> None:
+    """The control of the test above."""
+    async with Deployment.on(stack, HEADGATE_POOLS="1") as deployment:
+        await two_in_one_pool(deployment)
+        command = (sys.executable, "-m", "tests.isolation.without", "tiers")
+        await deployment.launch("w0", command).ready()
+        await publish_both(deployment, 1, 4)
+        received = await deployment.inbox.wait_for("/b", 4, 60)
+        assert (
+            max(one.arrived_at_ms for one in received) >= deployment.inbox.received("/soon")[0].arrived_at_ms + 12_000
+        )
