@@ -40,6 +40,7 @@ class Flight(Struct, gc=False):
     offset: int
     key: str
     ledger_key: str
+    weight: int  # bytes; its part of an event that several deliveries hold together
     queued_at: float = 0.0
     started_at: float = 0.0
     duration_s: float = 0.0

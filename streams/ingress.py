@@ -268,7 +268,7 @@ class Router:
                 ",".join(match.routes),
                 correlation,
             )
-            flight = Flight(delivery, lane, lot.fan, offset, name, ledger_keys[place])
+            flight = Flight(delivery, lane, lot.fan, offset, name, ledger_keys[place], item.size // len(names))
             if match.redaction is None:
                 flight.shared = shared
             if answers and answers[place] == DONE:

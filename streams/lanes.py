@@ -221,12 +221,12 @@ class Lanes:
             self._waiting[lane] = None
         flight.queued_at = now
         queue.append(flight)
-        lane.queued_bytes += flight.delivery.size
+        lane.queued_bytes += flight.weight
         self.queued += 1
         if lane.backed_up:
             self._backed_up += 1
         else:
-            self._keeping_up_bytes += flight.delivery.size
+            self._keeping_up_bytes += flight.weight
         if not lane.ready:
             lane.ready = True
             self._ring.append(lane)
@@ -298,8 +298,8 @@ class Lanes:
         if lane.backed_up:
             self._backed_up -= 1
         else:
-            self._keeping_up_bytes -= flight.delivery.size
-        lane.queued_bytes -= flight.delivery.size
+            self._keeping_up_bytes -= flight.weight
+        lane.queued_bytes -= flight.weight
         if not lane.queue:
             self._waiting.pop(lane, None)
         return flight

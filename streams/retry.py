@@ -144,7 +144,7 @@ class Retries:
         )
         key = delivery.id + delivery.replay
         lane = lane or tenant.grave(parked.destination)
-        return Flight(delivery, lane, due.source, due.offset, key, tenant.space + key)
+        return Flight(delivery, lane, due.source, due.offset, key, tenant.space + key, len(value))
 
     def _unrouted(self, due: Due, reason: str, detail: str) -> None:
         record = due.record

@@ -212,7 +212,7 @@ class Settle:
     def _replace(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
         self._open_letters += 1
         self._idle.clear()
-        self.leaving_bytes += flight.delivery.size
+        self.leaving_bytes += flight.weight
         if self._to_seal or self._outbox.unacknowledged_letter_bytes > SEALED_AHEAD_BYTES:
             self._to_seal.append((flight, topic, parked, partition))
         else:
@@ -236,7 +236,7 @@ class Settle:
             return
         if not found:
             bump(flight.lane.meter.dropped, "tenant_deleted")
-        self.leaving_bytes -= flight.delivery.size
+        self.leaving_bytes -= flight.weight
         self._flights.append(flight)
         self._letter_done()
         self._arm()
