@@ -126,12 +126,13 @@ class Fetching(Struct, frozen=True):
 
     min_bytes: int = 1_000_000
     max_wait_ms: int = 10
-    max_bytes: int = 16 * 2**20  # of one answer, all partitions together
+    max_bytes: int = 4 * 2**20  # of one answer, all partitions together; aiokafka holds it three times for a moment
+    max_partition_bytes: int = 2**20  # aiokafka fetches so much of each partition ahead; a larger batch comes alone
     max_records: int = 1000  # of one hand-over, all partitions together
     small_records: int = 500
     gather_s: float = 0.005
     buffer_events: int = 16  # fetches of partitions that wait for the agent
-    buffer_bytes: int = 8 * 2**20  # and their values together
+    buffer_bytes: int = 4 * 2**20  # and their values together
 
 
 AS_MEASURED: Final = Fetching()
@@ -930,7 +931,7 @@ def safe_app(
         consumer_auto_offset_reset="earliest",
         consumer_metadata_max_age_ms=int(metadata_max_age_s * 1000),
         consumer_group_instance_id=instance_id,
-        consumer_max_fetch_size=max_record_bytes + 64 * 1024,
+        consumer_max_fetch_size=min(fetching.max_partition_bytes, max_record_bytes + 64 * 1024),
         datadir=datadir,
         store="memory://",
         processing_guarantee="at_least_once",
