@@ -618,6 +618,7 @@ class RemoteInbox:
         port: int = 0,
         count_only: bool = False,
         arrivals: bool = False,
+        keep_bodies: bool = True,
         cert: Path | None = None,
         key: Path | None = None,
         trust: ssl.SSLContext | None = None,
@@ -626,6 +627,7 @@ class RemoteInbox:
         command = [sys.executable, "-m", "dev.inbox", "--port", str(port), "--until-eof"]
         command += ["--count-only"] if count_only else []
         command += ["--arrivals"] if arrivals else []
+        command += [] if keep_bodies else ["--no-bodies"]
         command += ["--cert", str(cert), "--key", str(key)] if cert and key else []
         # a session of its own: Ctrl-C at the terminal is for whoever started it, who then ends it in order
         process = subprocess.Popen(
