@@ -24,6 +24,7 @@ from typing import Any, Final
 import faust
 import structlog
 import uvloop
+from aiokafka.errors import KafkaError
 
 from config.logs import configure_logs
 from config.provision import provision, topic_ids
@@ -143,10 +144,13 @@ class Worker:
             self._lanes.start(self._settle)
             await self._ledger.warm()
             await self._restore_averages()
-            await self._pump.start()
-            self._pump_started = True
-            await self._app.start()
-            log.info("worker_started", worker=self._name, tenants=len(self._tenants))
+            try:
+                await self._pump.start()
+                self._pump_started = True
+                await self._app.start()
+                log.info("worker_started", worker=self._name, tenants=len(self._tenants))
+            except (KafkaError, OSError) as fault:  # the broker went away between reading the registry and joining
+                self._end(fault)
         reason = await self._ended
         self._stopping = True
         loop.add_signal_handler(signal.SIGTERM, lambda: os._exit(1))
