@@ -27,6 +27,7 @@ class Samples:
         self.taken = 0
         self.own: Counter[str] = Counter()
         self.lines: Counter[str] = Counter()
+        self.files: Counter[str] = Counter()
         self.within: Counter[str] = Counter()
 
     def take(self, _signum: int, frame: FrameType | None) -> None:
@@ -43,11 +44,13 @@ class Samples:
         self.taken += 1
         self.own[where] += 1
         self.lines[line] += 1
+        self.files[where.partition(" ")[0]] += 1
         self.within.update(seen)
 
     def report(self) -> str:
         parts = [f"{self.taken} samples of {INTERVAL_S * 1000:.0f} ms CPU\n"]
         for title, counter in (
+            ("by file", self.files),
             ("itself", self.own),
             ("itself, by line", self.lines),
             ("with all it calls", self.within),
