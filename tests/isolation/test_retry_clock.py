@@ -5,6 +5,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Final
 
 import pytest
@@ -41,12 +42,12 @@ def attempts_of(deployment: Deployment) -> Mapping[str, list[dict[str, Any]]]:
 
 def earliness_ms(inbox: Inbox, paths: list[str], attempts: Mapping[str, list[dict[str, Any]]]) -> list[float]:
     """For each repeated request, how long before its planned time it came; below 0: after it."""
-    early = []
-    for path in paths:
-        for one in inbox.received(path):
-            if one.attempt > 1:
-                early.append(_ms(attempts[one.webhook_id][one.attempt - 2]["nextAt"]) - one.arrived_at_ms)
-    return early
+    return [
+        _ms(attempts[one.webhook_id][one.attempt - 2]["nextAt"]) - one.arrived_at_ms
+        for path in paths
+        for one in inbox.received(path)
+        if one.attempt > 1
+    ]
 
 
 def a_tenant(deployment: Deployment, name: str, urls: Mapping[str, str], **more: Any) -> dict[str, Any]:
@@ -119,9 +120,7 @@ async def test_every_way_to_fail_makes_the_attempts_of_its_schedule_never_early_
         starts: defaultdict[str, list[float]] = defaultdict(list)
         for one in inbox.received("/unavailable"):
             starts[one.webhook_id].append(one.arrived_at_ms)
-        assert all(
-            second - first >= 2000 for times in starts.values() for first, second in zip(times, times[1:], strict=False)
-        )
+        assert all(second - first >= 2000 for times in starts.values() for first, second in pairwise(times))
         assert worker.metric("headgate_dead_letters_total", tenant="acme") == total
         assert [parked(one).attempt for one in deployment.retries("acme") if parked(one).error == "redirect"] == []
 
@@ -137,7 +136,7 @@ async def test_a_pump_that_does_not_wait_is_seen_to_be_early(deployment: Deploym
     await deployment.publish([("acme", event("e0"))])
     await deployment.inbox.wait_for("/acme", 1, 30)
     attempts = await eventually(
-        lambda: (x := attempts_of(deployment)) and len([*x.values()][0]) == 2 and x, "two attempts"
+        lambda: (x := attempts_of(deployment)) and len(next(iter(x.values()))) == 2 and x, "two attempts"
     )
     assert max(earliness_ms(deployment.inbox, ["/acme"], attempts)) > 1000
 
