@@ -187,13 +187,19 @@ def pin(pid: int, *, receiver: bool) -> None:
 
 
 @contextmanager
-def running(name: str, command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> Iterator[int]:
-    """A process while the block runs; its output goes to `<folder>/<name>.log`, whose end is shown if it fails."""
+def running(
+    name: str, command: Sequence[str], folder: Path, environ: Mapping[str, str], *, pinned: bool = False
+) -> Iterator[int]:
+    """A process while the block runs; its output goes to `<folder>/<name>.log`, whose end is shown if it fails.
+
+    Pinned where CPU time is measured; not where waiting is, since broker and producer want those cores too.
+    """
     log = folder / f"{name}.log"
     with log.open("ab") as out:
         child = subprocess.Popen(command, cwd=ROOT, env=dict(environ), stdin=subprocess.DEVNULL, stdout=out, stderr=out)
     try:
-        pin(child.pid, receiver=False)
+        if pinned:
+            pin(child.pid, receiver=False)
         yield child.pid
         if child.poll() is not None:
             raise BenchError(f"{name} ended by itself (exit code {child.returncode})")
@@ -232,7 +238,7 @@ def contest(
     """Run a command that delivers, and watch the receiver from the first of `count` deliveries to the last."""
     inbox.clear()
     dialled = inbox.stats().connections
-    with running(name, command, rig.folder, os.environ if environ is None else environ) as pid:
+    with running(name, command, rig.folder, os.environ if environ is None else environ, pinned=True) as pid:
         stats = _until(name, pid, inbox, lambda requests: requests > 0)
         first, cpu0, receiver0, at0 = stats.requests, cpu_s(pid), cpu_s(inbox.process.pid), time.monotonic()
         stats = _until(name, pid, inbox, lambda requests: requests >= count)
