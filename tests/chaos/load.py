@@ -73,6 +73,12 @@ class Load:
         target = self.delivered() + more
         await eventually(lambda: self.delivered() >= target, f"{more} more deliveries", timeout_s)
 
+    async def caught_up(self, timeout_s: float = 120.0) -> None:
+        """Waits until no more than a tenth of a second of the load is not delivered."""
+        await eventually(
+            lambda: self.delivered() >= len(self.acknowledged) - 2 * self._chunk, "the backlog is gone", timeout_s
+        )
+
     async def census(self) -> Census:
         """Waits until everything has ended, and counts."""
         await all_ended(self._deployment)
