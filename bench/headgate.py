@@ -35,6 +35,7 @@ def environ(rig: Rig, tls: Certificates | None = None, *, tenants: str = "own") 
         "HEADGATE_EGRESS_ALLOW": "127.0.0.0/8,::1/128",
         "HEADGATE_WORKER_ID": "bench-0",
         "HEADGATE_HTTP_PORT": str(free_port()),
+        "TMPDIR": str(rig.folder),
         **({"SSL_CERT_FILE": str(tls.ca)} if tls else {}),
     }
 

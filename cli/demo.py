@@ -247,6 +247,7 @@ def _running(folder: Path, keep: bool) -> Iterator[Demo]:
             "HEADGATE_HTTP_PORT": str(_free_port()),
             "HEADGATE_TENANT_LABEL": "tenant",
             "HEADGATE_LOG_FORMAT": "json",
+            "TMPDIR": str(home),
         }
         signing = new_secrets()
         for place in PLACES:
