@@ -161,10 +161,19 @@ def unrouted_headers(
     return kept + ours
 
 
-def stub(value: bytes, headers: Sequence[tuple[str, bytes | None]]) -> tuple[bytes, list[tuple[str, bytes | None]]]:
-    """What stands for a record that the broker refuses for its size: its first 64 KiB, its hash and its length."""
+def stub(
+    key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+) -> tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]:
+    """What stands for a record that the broker refuses for its size: of value and key the first 64 KiB each.
+
+    The headers tell the value's length and hash and, if the key was cut, the key's length.
+    """
+    whole = value or b""
     note: list[tuple[str, bytes | None]] = [
-        ("hg-truncated", b"%d" % len(value)),
-        ("hg-sha256", hashlib.sha256(value).hexdigest().encode()),
+        ("hg-truncated", b"%d" % len(whole)),
+        ("hg-sha256", hashlib.sha256(whole).hexdigest().encode()),
     ]
-    return value[:STUB_BYTES], [*headers, *note]
+    if key is not None and len(key) > STUB_BYTES:
+        note.append(("hg-key-truncated", b"%d" % len(key)))
+        key = key[:STUB_BYTES]
+    return key, value if value is None else value[:STUB_BYTES], [*headers, *note]

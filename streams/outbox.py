@@ -44,9 +44,10 @@ class Letter(Struct, gc=False):
     headers: RawHeaders
     done: Callable[["Letter", bool], None]
     partition: int = -1
+    is_stub: bool = False
 
     def size(self) -> int:
-        return len(self.value or b"") + 512
+        return len(self.key or b"") + len(self.value or b"") + 512
 
 
 def producer_settings(kafka: Mapping[str, Any], max_bytes: int) -> dict[str, Any]:
@@ -237,7 +238,7 @@ class Outbox:
                 break
             except KafkaException as fault:
                 code = fault.args[0].code()
-                if code in TOO_LARGE:
+                if code in TOO_LARGE and not letter.is_stub:
                     self._make_stub(letter)
                     continue
                 if code in MISSING_TOPIC:
@@ -254,7 +255,8 @@ class Outbox:
     def _make_stub(self, letter: Letter) -> None:
         log.error("record_too_large", topic=letter.topic, bytes=len(letter.value or b""))
         self._letter_bytes -= letter.size()
-        letter.value, letter.headers = stub(letter.value or b"", letter.headers)
+        letter.key, letter.value, letter.headers = stub(letter.key, letter.value, letter.headers)
+        letter.is_stub = True
         self._letter_bytes += letter.size()
 
     def _answered(self, number: int, error: KafkaError | None) -> None:
@@ -262,7 +264,7 @@ class Outbox:
         if letter is None:
             return
         if error is not None and error.code() not in MISSING_TOPIC:
-            if error.code() in TOO_LARGE and len(letter.value or b"") > 64 * 1024:
+            if error.code() in TOO_LARGE and not letter.is_stub:
                 self._make_stub(letter)
             else:
                 log.error("produce_refused", topic=letter.topic, error=error.name())

@@ -54,6 +54,7 @@ from faust.types.tuples import ConsumerMessage
 from msgspec import Struct
 from yarl import URL
 
+import streams.strange_headers  # noqa: F401  (for what it does to aiokafka)
 from streams.offsets import NO_CARRY, Carry, Tracker
 
 log = structlog.get_logger(__name__)

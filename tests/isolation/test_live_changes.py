@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -27,14 +28,10 @@ def versions(deployment: Deployment, tenant: str) -> dict[str, int]:
 async def test_a_tenant_whose_apply_comes_after_its_first_events_gets_them_all(deployment: Deployment) -> None:
     await deployment.apply({"tenants": [deployment.tenant("acme")]})
     worker = await deployment.worker()
-    early = [("late", event(f"early{n}")) for n in range(20)]
-    applying = asyncio.create_task(deployment.apply({"tenants": [deployment.tenant("late")]}))
-    control = deployment.settings.topics.control
-    before = await asyncio.to_thread(deployment.ends, control)
-    # the tenant's records are in the log before the registry has read them: publish just as they get there
-    await eventually(lambda: applying.done() or deployment.ends(control) != before, "the apply writes")
-    await applying
-    await deployment.publish(early)
+    worker.signal(signal.SIGSTOP)  # so that it meets the events while its registry knows nothing of the tenant
+    await deployment.publish([("late", event(f"early{n}")) for n in range(20)])
+    await deployment.apply({"tenants": [deployment.tenant("late")]})
+    worker.signal(signal.SIGCONT)
     await deployment.inbox.wait_for("/late", 20, 30)
     assert deployment.unrouted() == []
     assert worker.metric("headgate_events_total", result="unrouted") == 0

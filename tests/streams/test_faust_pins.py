@@ -30,10 +30,12 @@ import pytest
 from aiokafka.protocol.api import Request
 from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import HeartbeatRequest
+from aiokafka.record import default_records, memory_records
 
-from streams import transport
+from streams import strange_headers, transport
 
 CONSUMER = aiokafka.consumer.consumer.AIOKafkaConsumer
+PARTITION_RECORDS = strange_headers.PartitionRecords.__base__
 FETCHER = aiokafka.consumer.fetcher.Fetcher
 RECOVERY = faust.tables.recovery.Recovery
 QUEUE = mode.utils.queues.ThrowableQueue
@@ -65,6 +67,9 @@ SOURCES: dict[str, tuple[Any, str]] = {
     "fetcher.fetched_records": (FETCHER.fetched_records, "be4348896b9b"),
     "fetcher._get_actions_per_node": (FETCHER._get_actions_per_node, "1dab2cf937d1"),
     "fetcher.FetchResult": (aiokafka.consumer.fetcher.FetchResult, "d7db13f06de8"),
+    "fetcher.PartitionRecords": (PARTITION_RECORDS, "94aa0da0dbec"),
+    "records._read_msg": (default_records._DefaultRecordBatchPy._read_msg, "0997ab7a5850"),
+    "records.next_batch": (memory_records._MemoryRecordsPy.next_batch, "f1779ecb6d0d"),
     "subscription.Assignment": (subscription.Assignment, "ce6859542c70"),
     "subscription.fetch_context": (subscription.SubscriptionState.fetch_context, "ff2a654dca23"),
     "coordinator._send_req": (coordinator.GroupCoordinator._send_req, "fa4b12e914ce"),
