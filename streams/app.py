@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import faust
@@ -119,6 +119,7 @@ class Worker:
         self._stopping = False
         self._broker_away = False
         self._pump_started = False
+        self._folder = TemporaryDirectory(prefix="headgate-", ignore_cleanup_errors=True)  # Faust wants one
 
     async def run(self) -> int:
         settings = self._settings
@@ -134,7 +135,7 @@ class Worker:
         if not self._ended.done():
             gc.collect()
             gc.freeze()
-            gc.set_threshold(50_000, 50, 100)
+            gc.set_threshold(200_000, 20, 100)
             tasks = [
                 loop.create_task(self._router.rounds(), name="rounds"),
                 loop.create_task(self._watch(), name="watch"),
@@ -159,6 +160,7 @@ class Worker:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._folder.cleanup()
         log.info("worker_stopped", worker=self._name, exit=code)
         return code
 
@@ -265,7 +267,7 @@ class Worker:
         app = safe_app(
             group=settings.topics.group("route"),
             bootstrap=settings.kafka.bootstrap,
-            datadir=Path(mkdtemp(prefix="headgate-")),
+            datadir=Path(self._folder.name),
             max_record_bytes=largest,
             instance_id=settings.worker.id,
             client_id=f"headgate-{self._name}",

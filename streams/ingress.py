@@ -32,7 +32,7 @@ from streams.transport import Consumer, Fetch, Record
 
 log = structlog.get_logger()
 
-ROUND_RECORDS: Final = 500
+ROUND_RECORDS: Final = 300
 ROUND_BYTES: Final = 4 * 2**20
 NEW: Final = ord("1")
 STALE: Final = ord("s")

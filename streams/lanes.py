@@ -40,7 +40,11 @@ QUEUE_AGE_S: Final = 5.0  # nothing waits longer in a lane (rule 5)
 BACKED_UP_S: Final = 1.0  # a lane whose head is older is slower than what comes in, whatever the cause
 BACKED_UP_BOUND: Final = 64  # and holds no more than this many
 QUEUE_BOUND: Final = 4096
-ENOUGH_QUEUED: Final = 3000  # in lanes that keep up; beyond, the worker itself is the bottleneck and fetches less
+# In lanes that keep up a second's worth of this worker's work may wait: beyond, the worker itself is the bottleneck and
+# fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s.
+MOST_QUEUED: Final = 3000
+LEAST_QUEUED: Final = 300
+PACE_WEIGHT: Final = 0.1  # of the last tick, in the moving average of ended attempts a second
 ENOUGH_QUEUED_SHARE: Final = 0.25  # the same in bytes, as a part of the memory budget
 RELIEF_SHARE: Final = 0.75  # of the budget: what stays here beyond it parks before the fetch has to wait
 CLOSING_STATUSES: Final = frozenset({429, 503})
@@ -143,6 +147,9 @@ class Lanes:
         self._closing: set[asyncio.Task[None]] = set()
         self._kicked = False
         self._ticked = 0.0
+        self._pace = 0.0
+        self._ended_since = 0
+        self._enough_queued = LEAST_QUEUED
         self._timer: asyncio.TimerHandle | None = None
         self._held_for: set[str] = set()
         self._draining = False
@@ -393,6 +400,7 @@ class Lanes:
         self._share.finished(lane.seat, flight.slow, flight.delivery.size)
         self.held_bytes -= flight.delivery.size
         lane.completed(now)
+        self._ended_since += 1
         flight.outcome = outcome
         flight.duration_s = now - flight.started_at
         flight.ended_ms = int(time.time() * 1000)
@@ -435,6 +443,10 @@ class Lanes:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        pace = self._ended_since / max(now - self._ticked, TICK_S / 2)
+        self._ended_since = 0
+        self._pace += PACE_WEIGHT * (pace - self._pace)
+        self._enough_queued = min(MOST_QUEUED, max(LEAST_QUEUED, int(self._pace)))
         stalled = now - self._ticked > 2 * TICK_S  # this process did not run: what waited meanwhile tells nothing
         self._ticked = now
         aged: list[Flight] = []
@@ -479,7 +491,7 @@ class Lanes:
         """Whether the worker should take in more: not while it is itself, rather than a destination, that is behind."""
         budget = self._settings.memory_budget_bytes
         return (
-            self.queued - self._backed_up < ENOUGH_QUEUED
+            self.queued - self._backed_up < self._enough_queued
             and self._keeping_up_bytes < budget * ENOUGH_QUEUED_SHARE
             and (self.held_bytes + self.other_held_bytes() < budget or not self.held_bytes)
             and not self._held_for
