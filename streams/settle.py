@@ -142,6 +142,7 @@ class Settle:
     def recovered(self, flight: Flight) -> None:
         """The ledger knows the delivery as done: its attempt record is written again, and the source acknowledged."""
         flight.end = "recovered"
+        flight.ended_ms = int(time.time() * 1000)
         self._flights.append(flight)
         self._arm()
 

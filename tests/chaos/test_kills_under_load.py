@@ -16,7 +16,7 @@ from tests.deployment import Deployment, event, eventually, free_port
 pytestmark = pytest.mark.broker
 
 TENANTS = [f"t{n}" for n in range(10)]
-TWICE_A_KILL = 125  # the bar of R1: 2.5 % of 100,000 events over 20 kills
+TWICE_A_KILL = 125  # what the bar of R1 comes to: 2.5 % of 100,000 events over 20 kills
 
 
 class Size(Struct, frozen=True):
@@ -60,7 +60,7 @@ async def test_killed_workers_lose_nothing_and_repeat_little_under_the_same_id(s
         assert census.lost == set()
         # a machine so busy that Redis missed its deadline switched the ledger off, and it promises nothing then
         if "redis_off" not in worker.log.read_text():
-            assert census.twice <= TWICE_A_KILL * size.times
+            assert census.twice <= max(TWICE_A_KILL * size.times, 0.025 * census.published)
         assert census.renamed == set()
 
 
