@@ -18,7 +18,7 @@ from tests.deployment import Deployment, Read, event, eventually
 pytestmark = pytest.mark.broker
 
 SCHEDULE: Final = ["0s", "1s", "2s"]
-EVENTS: Final = 3  # x 3 attempts: fewer than the 10 at which a breaker may open
+EVENTS: Final = 2  # x 3 attempts: fewer than the 10 at which a breaker may open
 
 
 def parked(record: Read) -> Parked:
