@@ -209,7 +209,7 @@ def make_plan(
     Raises `DocumentError` where the document asks for what a tenant cannot have: another slug, another kind of topics.
     """
     _refuse_what_is_kept(document, current, creation)
-    work = _Work(document.vendor, kinds, master, now_ms)
+    work = _Work(document.vendor, kinds, master, now_ms, current)
     tags = {Tag(tenant.record.tag): None for tenant in current.tenants.values() if tenant.record.state == "active"}
     ages = [d.retry.max_age_s for tenant in current.tenants.values() for d in tenant.destinations.values()]
     ages += [d.retry.max_age_s for entry in document.tenants for d in entry.destinations]
@@ -272,7 +272,9 @@ def _refuse_what_is_kept(document: Document, current: Current, creation: Creatio
 class _Work:
     """Gathers lines and writes, tenant by tenant."""
 
-    def __init__(self, vendor: Vendor, kinds: Mapping[str, Kind], master: MasterKeys, now_ms: int) -> None:
+    def __init__(
+        self, vendor: Vendor, kinds: Mapping[str, Kind], master: MasterKeys, now_ms: int, current: Current
+    ) -> None:
         self.lines: list[Line] = []
         self.writes: list[Write] = []
         self.made: list[MadeSecret] = []
@@ -281,6 +283,8 @@ class _Work:
         self._kinds = kinds
         self._master = master
         self._now_ms = now_ms
+        self._current = current
+        self._proven = False
 
     def tenant(self, entry: TenantEntry, known: CurrentTenant | None, creation: Creation) -> Tag:
         ref = TenantRef(self._vendor, entry.external_id)
@@ -429,6 +433,9 @@ class _Work:
             opened = {version: _unwrapped(self._master, ref, key) for version, key in known.keys.items()}
             return Vault(ref, opened, known.record.keyVersion), known.keys
         version = 1 if known is None else 1 + max(known.record.keyVersion, known.shredded_through)
+        if not self._proven:
+            _refuse_foreign_master(self._master, self._vendor, self._current)
+            self._proven = True
         data_key = new_data_key()
         wrapped = self._master.wrap(ref, version, data_key)
         self._write("keys", data_key_key(ref, version), wrapped)
@@ -490,6 +497,32 @@ def _unwrapped(master: MasterKeys, ref: TenantRef, key: WrappedKey) -> bytes:
                 f"that are given ({held}): {fault.code}; give HEADGATE_MASTER_KEY_FILE all that were ever in use"
             ]
         ) from None
+
+
+def _refuse_foreign_master(master: MasterKeys, vendor: Vendor, current: Current) -> None:
+    """Raises SettingsError where the master keys show not to be those of this deployment.
+
+    A worker ends where it cannot open a data key, so one that a foreign master key has wrapped would end all of them.
+    """
+    held = [(TenantRef(vendor, name), key) for name, tenant in current.tenants.items() for key in tenant.keys.values()]
+    # those of the key that is to wrap; before it has wrapped any, all
+    asked = [(ref, key) for ref, key in held if key.master == master.first] or held
+    if not asked:
+        return
+    for ref, key in asked:
+        try:
+            master.unwrap(ref, key)
+        except Unsealable:
+            continue
+        return
+    ref, key = asked[0]
+    raise SettingsError(
+        [
+            f"the master keys that are given ({', '.join(master.ids)}) do not open the keys of tenants that exist, "
+            f"such as that of {ref.tenant!r}, wrapped by {key.master!r}: a key that they wrap would stop every worker; "
+            "give the HEADGATE_MASTER_KEY_FILE that the workers have"
+        ]
+    )
 
 
 def _is_value(vault: Vault, destination: DestinationId, field: str, secret: SealedSecret, value: str) -> bool:

@@ -275,6 +275,22 @@ def test_a_key_that_no_master_key_opens_is_told_by_name(log: Log) -> None:
         log.apply(BASE, SECOND, master=MasterKeys({"k2": os.urandom(32)}))
 
 
+@pytest.mark.parametrize("name", ["k1", "k2"])
+def test_a_master_key_that_opens_no_tenant_s_key_wraps_none(log: Log, name: str) -> None:
+    log.apply(BASE)
+    foreign = MasterKeys({name: os.urandom(32)})
+    with pytest.raises(SettingsError, match=rf"\({name}\) do not open .* 'acme', wrapped by 'k1': .*MASTER_KEY_FILE"):
+        log.apply(BASE.replace("acme", "globex"), master=foreign)
+
+
+def test_a_new_master_key_wraps_beside_the_one_before_it(log: Log) -> None:
+    old = os.urandom(32)
+    log.apply(BASE, master=MasterKeys({"k1": old}))
+    both = MasterKeys({"k2": os.urandom(32), "k1": old})
+    plan = log.apply(BASE.replace("acme", "globex"), master=both)
+    assert [write.topic for write in plan.writes].count("keys") == 1
+
+
 def test_another_vendor_s_tenant_of_the_same_name_is_another_tenant(log: Log) -> None:
     log.apply("vendor: other\n" + BASE)
     assert "acme" not in log.current().tenants
