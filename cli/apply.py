@@ -14,7 +14,7 @@ import click
 import msgspec
 from msgspec import Struct
 
-from cli.output import asks, load_settings, output_option, printable, say, show_json, told
+from cli.output import asks, load_settings, opened, output_option, printable, say, show_json, told
 from config.document import Document, Objection, Rules, parse_document
 from config.plan import Creation, Plan, make_plan
 from config.provision import provision
@@ -177,11 +177,8 @@ def command(file: str, dry_run: bool, prune: bool, yes: bool, output: str) -> No
 
 
 def _read(file: str) -> str:
-    try:
-        with click.open_file(file, "rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as fault:
-        raise click.ClickException(f"cannot read {file}: {fault.strerror}") from None
+    with opened(file) as stream:
+        raw = stream.read(MAX_FILE_BYTES + 1)
     if len(raw) > MAX_FILE_BYTES:
         raise click.ClickException(f"{file} has more than {MAX_FILE_BYTES >> 20} MiB; split it by tenants")
     try:

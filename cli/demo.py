@@ -6,6 +6,7 @@ them is `dev/demo`'s.
 
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -417,7 +418,7 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
                         tallies[place.tenant].take(request)
                 table = _table(_rows(demo, tallies), demo.published.total())
                 if screen is not None:
-                    screen.update(Group(table, Text(), *_try_next(demo)), refresh=True)
+                    screen.update(Group(table, Text(), *try_next(demo.env)), refresh=True)
                 elif looked - shown >= PLAIN_EVERY_S:
                     shown = looked
                     console.print(table)
@@ -481,17 +482,20 @@ def _duration(value_ms: float | None) -> str:
     return f"{value_ms:.0f} ms" if value_ms < 1000 else f"{value_ms / 1000:.1f} s"
 
 
-def _try_next(demo: Demo) -> list[Text]:
+_FINDS: Final = ("HEADGATE_DEV_DIR", "HEADGATE_PREFIX")
+
+
+def try_next(env: Mapping[str, str]) -> list[Text]:
     """Three commands for a second terminal, with what they need to find this demo."""
     shown = _headgate()
-    around = f"HEADGATE_DEV_DIR={demo.env['HEADGATE_DEV_DIR']} HEADGATE_PREFIX={demo.env['HEADGATE_PREFIX']}"
-    event = '{"customerExternalId":"globex","eventType":"order.placed","payload":{"total":500,"country":"CH"}}'
+    event = '{"eventType":"order.placed","payload":{"total":500,"country":"CH"}}'
     return [
         Text("Try, in another terminal:", style="bold"),
-        Text(f"  export {around}", style="dim"),
+        *(Text(f"  export {name}={shlex.quote(env[name])}", style="dim") for name in _FINDS),
         Text(f"  {shown} dlq list --tenant umbrella"),
         Text(f"  {shown} get routes --tenant globex"),
-        Text(f"  echo '{event}' | {shown} publish -f -", no_wrap=True, overflow="ignore"),
+        Text(f"  echo '{event}' |"),  # in two lines: a terminal of 80 columns cuts what is longer
+        Text(f"    {shown} publish --tenant globex -f -"),
         Text("Ctrl-C ends the demo.", style="dim"),
     ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from cli.groups import Group
 from dev import stack as embedded
 
 LATER = ("s3", "bigquery")
@@ -36,7 +37,7 @@ def _refuse_later_services(_context: click.Context, _option: click.Parameter, va
     return value
 
 
-@click.group()
+@click.group(cls=Group)
 def group() -> None:
     """A real Kafka and Redis as background processes, without Docker.
 

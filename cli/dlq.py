@@ -14,6 +14,7 @@ import msgspec
 from confluent_kafka import Consumer, Message, TopicPartition
 from msgspec import Struct
 
+from cli.groups import Group
 from cli.later import later
 from cli.output import (
     Moment,
@@ -90,7 +91,7 @@ _unrouted = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def group() -> None:
     """Look at the dead letters of a tenant.
 

@@ -8,7 +8,7 @@ import click
 import msgspec
 from msgspec import Struct
 
-from cli.output import output_option, printable, say, show_json
+from cli.output import opened, output_option, printable, say, show_json
 from routing.filters import FilterError, FilterFault, compile_filter
 from schemas.event import Event, Problem, decode_event
 from schemas.ids import ExternalId
@@ -54,9 +54,9 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 @click.command()
 @click.argument("expression", metavar="EXPR")
-@click.option("-f", "--file", "file", type=click.File("rb"), metavar="FILE", help="One JSON event a line; - for stdin.")
+@click.option("-f", "--file", "file", metavar="FILE", help="One JSON event a line; - for stdin.")
 @output_option
-def command(expression: str, file: IO[bytes] | None, output: str) -> None:
+def command(expression: str, file: str | None, output: str) -> None:
     r"""Check a filter (the `where` of a route), and try it on events.
 
     \b
@@ -84,11 +84,12 @@ def command(expression: str, file: IO[bytes] | None, output: str) -> None:
         else:
             click.echo(reads)
         return
+    source = _lines(opened(file))
     say(reads)
 
     counts = {"match": 0, "no match": 0, "error": 0, "no event": 0}
     tried: list[Tried] = []
-    for number, raw in _lines(file):
+    for number, raw in source:
         each = Tried(number, "no event")
         event = _event(number, raw)
         if isinstance(event, str):

@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 import msgspec
 
+from cli.groups import Group
 from cli.output import load_settings, output_option, say, show_json, show_table, tenant_option, told, vendor_option
 from config.plan import Current, CurrentTenant, is_disabled
 from config.writer import read_current
@@ -18,7 +19,7 @@ from schemas.ids import ExternalId, Vendor
 _QUERY: Final = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://[^?#]*)\?.*", re.DOTALL)
 
 
-@click.group()
+@click.group(cls=Group)
 def group() -> None:
     """Show tenants, destinations or routes as the workers know them."""
 

@@ -3,7 +3,7 @@
 A command's module is imported when it runs, so that the help appears at once.
 """
 
-import difflib
+import errno
 import importlib
 import os
 import sys
@@ -12,6 +12,7 @@ from typing import Final
 
 import click
 
+from cli.groups import refuse_command
 from cli.later import later
 
 _SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
@@ -41,6 +42,7 @@ _LATER: Final = {
     "isolation": "proof of isolation",
     "check": "a check of a destination",
 }
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COMMANDS: Final = {name: found for section in _SECTIONS.values() for name, found in section.items()}
 
 _HELP = """Delivers your events to your customers' own destinations, isolated by tenant.
@@ -81,9 +83,7 @@ class Sections(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if not name.startswith("-") and name not in _COMMANDS and name not in _LATER:
-            close = difflib.get_close_matches(name, _COMMANDS, 1)
-            hint = f"Did you mean {close[0]}?" if close else f"There are: {', '.join(_COMMANDS)}."
-            ctx.fail(f"no command {name!r}. {hint}")
+            refuse_command(ctx, name, list(_COMMANDS))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -123,6 +123,12 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         # who read our output has gone; keep the interpreter from complaining about it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as fault:
+        if fault.errno not in _NO_ROOM:
+            raise
+        click.echo(f"Error: cannot write: {fault.strerror}", err=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import time
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import IO, Any, Final, ParamSpec, TypeVar
 
 import click
 import msgspec
@@ -94,7 +94,11 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
             running = stack(folder)
         if running is not None:
             say(f"HEADGATE_KAFKA_BOOTSTRAP is not set: using the embedded stack in {folder}")
-            env = {**env, **running.settings()}
+            given = running.settings()
+            for name in ("HEADGATE_REDIS_URL", "HEADGATE_MASTER_KEY_FILE"):
+                if env.get(name) not in (None, "", given[name]):
+                    say(f"warning: {name} of the environment is not used but the stack's; set HEADGATE_KAFKA_BOOTSTRAP")
+            env = {**env, **given}
         else:
             say(f"HEADGATE_KAFKA_BOOTSTRAP is not set, and no embedded stack runs in {folder} (`headgate dev up`)")
     settings = Settings.load(env)
@@ -115,9 +119,12 @@ class Moment(click.ParamType):
         if isinstance(value, int):
             return value
         text = str(value).strip()
-        try:
-            if _AGO.fullmatch(text):
+        if _AGO.fullmatch(text):
+            try:
                 return int((time() - parse_duration_s(text)) * 1000)
+            except ValueError as fault:
+                self.fail(f"{text!r}: {fault}", param, ctx)
+        try:
             at = datetime.fromisoformat(text)
         except ValueError:
             self.fail(f"{text!r} is neither a duration such as 2h nor a time such as 2026-11-21T09:30:00Z", param, ctx)
@@ -130,6 +137,16 @@ def tenant_ref(vendor: Vendor, tenant: ExternalId) -> TenantRef:
     return TenantRef(vendor, tenant)
 
 
+def opened(file: str) -> IO[bytes]:
+    """A file to read, `-` for stdin; a fault is a message."""
+    if file == "-" and sys.stdin is None:
+        raise click.ClickException("cannot read stdin: it is closed")
+    try:
+        return click.open_file(file, "rb")
+    except OSError as fault:
+        raise click.ClickException(f"cannot read {file!r}: {fault.strerror}") from None
+
+
 def asks() -> bool:
     """Whether there is somebody to ask."""
-    return sys.stdin.isatty()
+    return sys.stdin is not None and sys.stdin.isatty()

@@ -14,7 +14,7 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from msgspec import Struct
 
-from cli.output import load_settings, output_option, say, show_json, tenant_option, told, vendor_option
+from cli.output import load_settings, opened, output_option, say, show_json, tenant_option, told, vendor_option
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain
 from config.settings import Settings
@@ -66,7 +66,7 @@ def read_line(number: int, raw: bytes, tenant: ExternalId | None, max_bytes: int
         try:
             key = ExternalId(_decode_named(value).customerExternalId)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
-            return BadLine(number, str(fault)[:300])
+            return BadLine(number, _why_no_event(fault))
         if not key:
             return BadLine(number, "field customerExternalId: is missing; add it, or name the tenant with --tenant")
         if (problem := external_id_problem(key)) is not None:
@@ -77,6 +77,13 @@ def read_line(number: int, raw: bytes, tenant: ExternalId | None, max_bytes: int
             return BadLine(number, "field customerExternalId: differs from --tenant")
         return BadLine(number, event.detail)
     return Line(number, key, value)
+
+
+def _why_no_event(fault: Exception) -> str:
+    told = str(fault)[:300]
+    if isinstance(fault, msgspec.ValidationError):
+        return told
+    return f"the line is no JSON object: {told}; write each event on one line, in UTF-8"
 
 
 def read_lines(stream: IO[bytes], tenant: ExternalId | None, max_bytes: int) -> Iterator[Line | BadLine]:
@@ -209,12 +216,13 @@ def command(
     streaming = file == "-" or not os.path.isfile(file)
     if not streaming:
         _refuse_bad_file(file, tenant, max_bytes, skip_bad)
+    source = opened(file)
     topic = settings.topics.ingress(vendor)
     _refuse_missing_topic(settings, topic, vendor)
     publisher = _Publisher(settings, topic, rate_per_s)
     stopped: str | None = None
     try:
-        with _opened(file) as stream:
+        with source as stream:
             for line in read_lines(stream, tenant, max_bytes):
                 if isinstance(line, Line):
                     publisher.send(line)
@@ -244,20 +252,13 @@ def _report(done: Published, output: str) -> None:
     click.echo(f"{done.published} events published{more} ({done.bytes} bytes, {done.seconds:.1f} s)")
 
 
-def _opened(file: str) -> IO[bytes]:
-    try:
-        return click.open_file(file, "rb")
-    except OSError as fault:
-        raise click.ClickException(f"cannot read {file}: {fault.strerror}") from None
-
-
 def _shown(file: str) -> str:
     return "stdin" if file == "-" else file
 
 
 def _refuse_bad_file(file: str, tenant: ExternalId | None, max_bytes: int, skip_bad: bool) -> None:
     bad = 0
-    with _opened(file) as stream:
+    with opened(file) as stream:
         for line in read_lines(stream, tenant, max_bytes):
             if isinstance(line, BadLine):
                 bad += 1
@@ -266,7 +267,8 @@ def _refuse_bad_file(file: str, tenant: ExternalId | None, max_bytes: int, skip_
     if bad > SHOWN_FAULTS:
         say(f"… and {bad - SHOWN_FAULTS} more")
     if bad and not skip_bad:
-        raise click.ClickException(f"{bad} bad lines: nothing was sent (--skip-bad sends the others)")
+        count = f"{bad} bad line{'s' if bad > 1 else ''}"
+        raise click.ClickException(f"{count}: nothing was sent (--skip-bad sends the others)")
 
 
 def _refuse_missing_topic(settings: Settings, topic: str, vendor: Vendor) -> None:

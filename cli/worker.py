@@ -1,5 +1,6 @@
 """`headgate worker`: the data plane, until SIGTERM."""
 
+import os
 import sys
 
 import click
@@ -21,4 +22,14 @@ def command() -> None:
     settings = load_settings()
     from streams.app import run_worker
 
-    sys.exit(run_worker(settings))
+    try:
+        code = run_worker(settings)
+    except OSError as fault:
+        if "attempting to bind" not in str(fault):
+            raise
+        why = os.strerror(fault.errno or 0).lower()
+        raise click.ClickException(
+            f"HEADGATE_HTTP_PORT={settings.worker.http_port}: cannot listen there ({why}); "
+            "give another port, or 0 for one that is free"
+        ) from None
+    sys.exit(code)

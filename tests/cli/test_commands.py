@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -89,12 +90,17 @@ class Shell:
         return CliRunner().invoke(command, args, input=stdin, env={**self.env, **(env or {})})
 
     def process(
-        self, *args: str, stdin: bytes = b"", env: Mapping[str, str] | None = None, then: str = "pass"
+        self,
+        *args: str,
+        stdin: bytes = b"",
+        env: Mapping[str, str] | None = None,
+        then: str = "pass",
+        shell: bool = False,
     ) -> subprocess.CompletedProcess[bytes]:
-        """As a process, through the console script's function; `then` runs at its end."""
+        """As a process, through the console script's function; `then` runs at its end. `shell`: of sh instead."""
         code = f"import atexit; atexit.register(lambda: exec({then!r})); from cli.main import main; main()"
         return subprocess.run(
-            [sys.executable, "-c", code, *args],
+            ["/bin/sh", *args] if shell else [sys.executable, "-c", code, *args],
             input=stdin,
             capture_output=True,
             env={"PATH": os.environ["PATH"], "PYTHONPATH": os.getcwd(), **(self.env if env is None else env)},
@@ -618,6 +624,49 @@ def test_faults_are_messages_and_not_tracebacks(shell: Shell) -> None:
         assert b"Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("command", [["apply"], ["publish"], ["filter", "true"]])
+def test_a_file_that_cannot_be_read_is_a_message_and_nothing_else(shell: Shell, command: list[str]) -> None:
+    missing = shell.process(*command, "-f", str(shell.folder / "none"))
+    assert (missing.returncode, missing.stdout) == (1, b"")
+    assert missing.stderr.startswith(b"Error: cannot read '")
+    closed = shell.process("-c", f"exec 0<&-; exec {sys.executable} -m cli.main {' '.join(command)} -f -", shell=True)
+    assert (closed.returncode, closed.stdout, closed.stderr) == (1, b"", b"Error: cannot read stdin: it is closed\n")
+
+
+def test_a_full_disk_is_a_message_and_not_a_traceback(shell: Shell) -> None:
+    full = shell.process("-c", f"exec {sys.executable} -m cli.main filter true >/dev/full", shell=True)
+    assert (full.returncode, full.stderr) == (1, b"Error: cannot write: No space left on device\n")
+
+
+def test_a_worker_whose_port_is_taken_says_so(shell: Shell) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = shell.process("worker", env={**shell.env, "HEADGATE_HTTP_PORT": str(port)})
+    assert result.returncode == 1
+    assert f"Error: HEADGATE_HTTP_PORT={port}: cannot listen there (address already in use)".encode() in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+def test_a_mistyped_subcommand_is_told_what_there_is(shell: Shell) -> None:
+    for typed, told in (
+        (["dlq", "lst"], "no command 'lst'. Did you mean list?"),
+        (["get", "tenant"], "no command 'tenant'. Did you mean tenants?"),
+        (["dev", "sideways"], "no command 'sideways'. There are: up, down, status."),
+    ):
+        result = shell.run(*typed)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert told in result.stderr
+    later = shell.run("dlq", "replay", "--tenant", "acme")
+    assert later.exit_code == 2
+    assert "arrives with a later release" in later.stderr
+
+
+def test_a_time_too_long_ago_is_refused_for_what_it_is(shell: Shell) -> None:
+    result = shell.run("dlq", "list", "--tenant", "acme", "--since", "1000000h")
+    assert result.exit_code == 2
+    assert "'1000000h': longer than a hundred years; write a shorter duration" in result.stderr
+
+
 def test_an_unreachable_broker_is_told_within_ten_seconds_or_so(shell: Shell) -> None:
     started = time.monotonic()
     result = shell.process("get", "tenants", env={**shell.env, "HEADGATE_KAFKA_BOOTSTRAP": "127.0.0.1:1"})
@@ -652,6 +701,9 @@ def test_an_embedded_stack_is_used_where_the_environment_names_no_broker(shell: 
     result = shell.process("get", "tenants", env=env)
     assert result.returncode == 0
     assert b"HEADGATE_KAFKA_BOOTSTRAP is not set: using the embedded stack" in result.stderr
+    assert b"warning" not in result.stderr
+    other = shell.process("get", "tenants", env={**env, "HEADGATE_MASTER_KEY_FILE": "/none"})
+    assert b"warning: HEADGATE_MASTER_KEY_FILE of the environment is not used" in other.stderr
 
 
 def test_a_signal_ends_a_command_with_130(shell: Shell) -> None:

@@ -76,7 +76,7 @@ def test_a_line_that_is_no_event_is_named_and_exits_1() -> None:
 
 def test_wrong_use_exits_2() -> None:
     assert run().exit_code == 2
-    assert run("true", "-f", "/no/such/file").exit_code == 2
+    assert run("true", "--file").exit_code == 2
     assert run("true", "--output", "xml").exit_code == 2
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from msgspec import structs
 
+from cli.demo import try_next
 from dev.demo.checks import Letter, Seen, check, complete, due
 from dev.demo.events import DemoEvent, stream
 from dev.demo.places import PLACES, TENANTS, Place
@@ -170,3 +171,11 @@ def test_the_demo_checks_every_delivery_and_ends_what_it_started(stack: Stack) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all held: 150 events of 7 tenants" in done.stdout
     assert "FAILED" not in done.stdout
+
+
+def test_what_to_try_next_fits_a_terminal_of_80_columns_line_by_line() -> None:
+    env = {"HEADGATE_DEV_DIR": "/home/someone/headgate/.headgate", "HEADGATE_PREFIX": "headgate-demo"}
+    lines = [text.plain for text in try_next(env)]
+    assert max(map(len, lines)) <= 80
+    event = next(line for line in lines if "echo" in line).split("'")[1]
+    assert msgspec.json.decode(event)["payload"] == {"total": 500, "country": "CH"}
