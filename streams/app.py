@@ -48,6 +48,7 @@ from streams.transport import Hooks, SafeApp, TopicPartition, fetch_of, safe_app
 
 log = structlog.get_logger()
 
+AFTER_FAULT_S: Final = 2.0
 WATCH_S: Final = 0.1
 BROKER_AWAY_S: Final = 5.0
 BROKER_AWAY_BYTES: Final = 64 * 2**20
@@ -409,7 +410,8 @@ class Worker:
         last_resort.daemon = True
         last_resort.start()
         log.info("worker_stopping", in_flight=self._lanes.in_flight, queued=self._lanes.queued)
-        patience_s = max(1.0, timeout_s - LAST_WRITES_S)
+        # after a fault of a part there may be nobody left to do what is open: whoever comes next reads it again
+        patience_s = max(1.0, timeout_s - LAST_WRITES_S) if reason is None else AFTER_FAULT_S
         self._lanes.drain()
         settled = True
         if self._app.started:

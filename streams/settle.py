@@ -197,9 +197,16 @@ class Settle:
         self.relay(Letter(self._topics.unrouted(vendor), key, value, more, nothing), source, offset)
 
     def relay(self, letter: Letter, source: Source, offset: int) -> None:
-        """Writes a record that replaces another as it is, and acknowledges that one's source then."""
+        """Writes a record that replaces another as it is, and acknowledges that one's source then.
 
-        def done(_letter: Letter, _found: bool) -> None:
+        Where its topic is missing somebody deleted it: nothing is acknowledged until it is back.
+        """
+
+        def done(_letter: Letter, found: bool) -> None:
+            if not found:
+                log.error("topic_missing", topic=letter.topic)
+                self._loop.call_later(MISSING_TOPIC_WAIT_S, self._outbox.write, letter)
+                return
             self._letter_done()
             source.settled((offset,))
 
