@@ -416,7 +416,7 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
                 for place in PLACES:
                     for request in arrived[place.path]:
                         tallies[place.tenant].take(request)
-                table = _table(_rows(demo, tallies), demo.published.total())
+                table = live_table(_rows(demo, tallies), demo.published.total())
                 if screen is not None:
                     screen.update(Group(table, Text(), *try_next(demo.env)), refresh=True)
                 elif looked - shown >= PLAIN_EVERY_S:
@@ -456,12 +456,12 @@ _NOTES: Final = {
 }
 
 
-def _table(rows: Sequence[Row], published: int) -> Table:
+def live_table(rows: Sequence[Row], published: int) -> Table:
     table = Table(title=f"headgate demo: {published} events published", title_justify="left", expand=False)
-    table.add_column("tenant")
+    table.add_column("tenant", no_wrap=True)
     for name in ("in", "delivered", "retrying", "dead", "p50", "p99"):
-        table.add_column(name, justify="right")
-    table.add_column("", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")  # the one that gives way in a narrow terminal
     for row in rows:
         table.add_row(
             row.tenant,
@@ -471,7 +471,7 @@ def _table(rows: Sequence[Row], published: int) -> Table:
             Text(str(row.dead), style="red" if row.dead else ""),
             _duration(row.p50_ms),
             _duration(row.p99_ms),
-            Text(_NOTES[row.tenant], style="dim"),
+            Text(_NOTES[row.tenant], style="dim", no_wrap=True, overflow="ellipsis"),
         )
     return table
 
