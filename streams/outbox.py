@@ -10,10 +10,10 @@ but success, or of a topic that is not there.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import confluent_kafka
 import structlog
@@ -26,6 +26,11 @@ log = structlog.get_logger()
 
 POLL_S: Final = 0.002
 MISSING_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
+AGAIN_S: Final = 0.2
+MOST_AGAIN_S: Final = 2.0
+SAY_EVERY_REFUSALS: Final = 100
+# The broker refuses a batch as a whole: a record is made a stub only after it was refused in other company too.
+TRIES_WHOLE: Final = 3
 TOO_LARGE: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
 
 RawHeaders = Sequence[tuple[str, bytes | None]]
@@ -45,6 +50,7 @@ class Letter(Struct, gc=False):
     done: Callable[["Letter", bool], None]
     partition: int = -1
     is_stub: bool = False
+    refusals: int = 0
 
     def size(self) -> int:
         return len(self.key or b"") + len(self.value or b"") + 512
@@ -74,7 +80,7 @@ class Outbox:
     def __init__(self, kafka: Mapping[str, Any], max_bytes: int) -> None:
         self._settings = producer_settings(kafka, max_bytes)
         self._max_bytes = max_bytes
-        self._fatal: set[str] = set()
+        self._fatal: set[Literal["batches", "letters"]] = set()
         self._batches = self._make_batches()
         self._letters = self._make_letters()
         self._batch_failed: list[tuple[str, bytes | None, bytes]] = []
@@ -93,16 +99,20 @@ class Outbox:
     def _make_batches(self) -> confluent_kafka.Producer:
         self._fatal.discard("batches")
         more = {"delivery.report.only.error": True, "on_delivery": self._batch_error}
-        return confluent_kafka.Producer({**self._settings, **more, "error_cb": partial(self._error, "batches")})
+        return confluent_kafka.Producer({**self._settings, **more})
 
     def _make_letters(self) -> confluent_kafka.Producer:
         """Sealed values do not compress."""
         self._fatal.discard("letters")
-        more = {"compression.type": "none", "error_cb": partial(self._error, "letters")}
-        return confluent_kafka.Producer({**self._settings, **more})
+        return confluent_kafka.Producer({**self._settings, "compression.type": "none"})
 
-    def _error(self, which: str, error: KafkaError) -> None:
-        if error.fatal():
+    def _serve(self, which: Literal["batches", "letters"]) -> None:
+        """Serves delivery reports. A fatal error comes out of `poll` (the library does not tell `error_cb` of it)."""
+        try:
+            (self._batches if which == "batches" else self._letters).poll(0)
+        except KafkaException as fault:
+            if not fault.args[0].fatal():
+                raise
             self._fatal.add(which)
 
     # ---------------------------------------------------------------- how far behind the broker is
@@ -149,7 +159,7 @@ class Outbox:
                     continue
                 await asyncio.sleep(0.5)
                 for again, key, value in todo:
-                    await self._produce_one(self._batches, again, key, value)
+                    await self._produce_one(again, key, value)
             self._last_ack = time.monotonic()
         finally:
             self._batch_bytes = 0
@@ -161,42 +171,41 @@ class Outbox:
             for message in messages:
                 if message.get("_error") is not None:
                     await self._produce_one(
-                        self._batches,
                         topic,
                         str(message["key"]).encode(),
                         bytes(message["value"]),  # type: ignore[arg-type]
                     )
 
-    async def _produce_one(
-        self, producer: confluent_kafka.Producer, topic: str, key: bytes | None, value: bytes
-    ) -> None:
+    async def _produce_one(self, topic: str, key: bytes | None, value: bytes) -> None:
         while True:
             try:
-                producer.produce(topic, value, key)
+                self._batches.produce(topic, value, key)
                 return
             except BufferError:
-                producer.poll(0)
+                self._serve("batches")
                 await asyncio.sleep(POLL_S)
             except KafkaException as fault:
                 if fault.args[0].code() in TOO_LARGE:
                     log.error("attempt_record_too_large", bytes=len(value))
                     return
-                if not fault.args[0].fatal():
+                if fault.args[0].code() != KafkaError._FATAL:
                     raise
-                return  # seen again by `_emptied`
+                self._fatal.add("batches")
+                return  # `_emptied` tells, and all of the batch is written again
 
     async def _emptied(self) -> bool:
         """True once nothing waits in the batch producer; False where it had a fatal error and was replaced."""
         while True:
-            producer = self._batches
-            producer.poll(0)
-            if not len(producer):
-                return True
-            if "batches" in self._fatal:
+            self._serve("batches")
+            if (
+                "batches" in self._fatal
+            ):  # first: an empty queue of one that takes nothing proves nothing
                 log.error("producer_replaced", which="batches")
                 self._batches = self._make_batches()
                 self._batch_failed = []
                 return False
+            if not len(self._batches):
+                return True
             await asyncio.sleep(POLL_S)
 
     def _batch_error(self, error: KafkaError | None, message: Any) -> None:
@@ -245,11 +254,11 @@ class Outbox:
                     self._loop.call_soon(self._answered, number, fault.args[0])
                     return
                 break
-        self._loop.call_later(0.2, self._again, number)
+        self._loop.call_later(AGAIN_S, self._again, number, generation)
 
-    def _again(self, number: int) -> None:
+    def _again(self, number: int, generation: int) -> None:
         letter = self._open.get(number)
-        if letter is not None:
+        if letter is not None and generation == self._generation:  # a new producer was given all that is open
             self._send(number, letter)
 
     def _make_stub(self, letter: Letter) -> None:
@@ -263,30 +272,32 @@ class Outbox:
         letter = self._open.get(number)
         if letter is None:
             return
+        self._last_ack = time.monotonic()  # a refusal is an answer too: one record's must not look like a broker away
         if error is not None and error.code() not in MISSING_TOPIC:
-            if error.code() in TOO_LARGE and not letter.is_stub:
-                self._make_stub(letter)
-            else:
+            letter.refusals += 1
+            if letter.refusals % SAY_EVERY_REFUSALS == 1:
                 log.error("produce_refused", topic=letter.topic, error=error.name())
-            self._loop.call_later(0.2, self._again, number)
+            if error.code() in TOO_LARGE and not letter.is_stub and letter.refusals > TRIES_WHOLE:
+                self._make_stub(letter)
+            wait_s = AGAIN_S * (1 + random.random() * letter.refusals)  # apart from what it was in a batch with
+            self._loop.call_later(min(wait_s, MOST_AGAIN_S), self._again, number, self._generation)
             return
         del self._open[number]
         self._letter_bytes -= letter.size()
-        self._last_ack = time.monotonic()
         if not self._open:
             self._idle.set()
         letter.done(letter, error is None)
 
     def _poll(self) -> None:
         self._poller = None
-        self._letters.poll(0)
+        self._serve("letters")
         if "letters" in self._fatal:
             log.error("producer_replaced", which="letters", unacknowledged=len(self._open))
             self._generation += 1
             self._letters = self._make_letters()
             for number, letter in list(self._open.items()):
                 self._send(number, letter)
-        if self._open:
+        if self._open and self._poller is None:  # `done` may have written more, and begun to poll for it
             self._poller = self._loop.call_later(POLL_S, self._poll)
 
     async def flushed(self, timeout_s: float) -> bool:
