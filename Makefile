@@ -48,7 +48,7 @@ locked: $(VENV)/.test
 			|| { echo "dev/locks/$$name.txt is not what pyproject.toml asks for: make lock" >&2; exit 1; }; done
 
 # Most of a test is waiting for a worker or a timer: processes share the cores well. Each has a stack of its own.
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 2
 
 test: setup-test ## all tests on a real Kafka and Redis, but the full-size ones
 	@$(BIN)/pytest -m "not chaos" -n $(TEST_PROCESSES) --dist loadfile

@@ -3,10 +3,15 @@
 from collections.abc import AsyncIterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dev.stack import Stack
 from tests.deployment import Deployment
 from tests.stack import stack as stack
+
+# a busy machine is no reason to fail: examples take as long as they take
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture

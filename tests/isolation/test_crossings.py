@@ -199,7 +199,7 @@ async def test_of_look_alike_tenants_with_the_same_event_ids_nothing_crosses(sta
                 space = key.rpartition(b":")[0]
                 spaces[space] = spaces.get(space, 0) + 1
         assert len(spaces) in (0, len(LOOK_ALIKES))
-        assert set(spaces.values()) <= {3 * len(SHARED_IDS)}  # an event, and two deliveries
+        assert max(spaces.values(), default=0) <= 3 * len(SHARED_IDS)  # an event, and two deliveries
 
 
 # ---------------------------------------------------------------- forged

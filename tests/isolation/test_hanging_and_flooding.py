@@ -89,24 +89,24 @@ async def test_without_the_fair_share_a_hanging_tenant_holds_up_all(deployment: 
     await deployment.publish([(t, event(f"{t}-{n}")) for n in range(20) for t in others])
     await delivered(deployment.inbox, others, 20)
     assert ended(worker, "hung") >= 1
-    assert waited_s(deployment.inbox, others, "hung") >= 4
+    assert waited_s(deployment.inbox, others, "hung") >= 3.5
 
 
-async def test_a_hundred_hanging_destinations_of_a_thousand_hold_up_no_delivery_of_the_others(
+async def test_fifty_hanging_destinations_of_four_hundred_hold_up_no_delivery_of_the_others(
     deployment: Deployment,
 ) -> None:
-    hung = [f"h{n}" for n in range(100)]
-    others = [f"t{n}" for n in range(900)]
+    hung = [f"h{n}" for n in range(50)]
+    others = [f"t{n}" for n in range(350)]
     tenants = [*(hanging(deployment, name) for name in hung), *map(deployment.tenant, others)]
     await deployment.apply({"tenants": [{**tenant, "topics": "pooled"} for tenant in tenants]})
-    worker = await deployment.worker(IN_FLIGHT="400", TENANT_LABEL="tenant")
+    worker = await deployment.worker(IN_FLIGHT="200", TENANT_LABEL="tenant")
     await deployment.publish([(name, event(f"{name}-{n}")) for n in range(3) for name in hung])
-    await eventually(lambda: all(deployment.inbox.received(f"/{name}") for name in hung[:50]), "they hang")
+    await eventually(lambda: all(deployment.inbox.received(f"/{name}") for name in hung[:25]), "they hang")
     await deployment.publish([(name, event(name)) for name in others])
     await delivered(deployment.inbox, others, 1)
     assert all(ended(worker, name) == 0 for name in hung[:3])
-    assert sum(deployment.inbox.stats().paths[f"/{name}"].requests for name in hung) >= 50
-    assert at_the_others(deployment.inbox, others) == 900
+    assert sum(deployment.inbox.stats().paths[f"/{name}"].requests for name in hung) >= 25
+    assert at_the_others(deployment.inbox, others) == 350
 
 
 # ---------------------------------------------------------------- R6: floods
@@ -140,7 +140,7 @@ async def test_without_parking_a_tenant_that_dumps_its_events_stops_its_partitio
         await flood(deployment, worker)
         await delivered(deployment.inbox, others, 1)
         assert ended(worker, "hung") >= 1
-        assert waited_s(deployment.inbox, others, "hung") >= 4
+        assert waited_s(deployment.inbox, others, "hung") >= 3.5
 
 
 # ---------------------------------------------------------------- R8: talks for ever
