@@ -197,9 +197,7 @@ class Outbox:
         """True once nothing waits in the batch producer; False where it had a fatal error and was replaced."""
         while True:
             self._serve("batches")
-            if (
-                "batches" in self._fatal
-            ):  # first: an empty queue of one that takes nothing proves nothing
+            if "batches" in self._fatal:  # asked first: the queue of one that takes nothing is empty too
                 log.error("producer_replaced", which="batches")
                 self._batches = self._make_batches()
                 self._batch_failed = []
