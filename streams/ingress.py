@@ -134,6 +134,7 @@ class Router:
             if not self._inbox:
                 self._some.clear()
             await self._round([(lot, record) for lot in lots for record in lot.records], asked=False)
+            del lots, lot  # or their records stay in memory until the next ones come
 
     async def _asked(self, records: Sequence[tuple[Lot, Record]]) -> None:
         await self._round(records, asked=True)

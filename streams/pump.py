@@ -47,8 +47,8 @@ BATCH_RECORDS: Final = 500
 BATCH_BYTES: Final = 4 * MIB
 SLICE_RECORDS: Final = 100  # that one partition takes of a batch before it is another one's turn
 FETCH_WAIT_MS: Final = 300
-FETCH_BYTES: Final = 8 * MIB
-PARTITION_FETCH_BYTES: Final = MIB
+FETCH_BYTES: Final = 4 * MIB
+PARTITION_FETCH_BYTES: Final = 256 * 1024  # kept of each of many partitions; a larger batch comes alone
 FETCH_RECORDS: Final = 1000
 METADATA_MAX_AGE_MS: Final = 5000
 POLL_MS: Final = 5000
@@ -599,6 +599,7 @@ class Pump(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
             self._begin_assignment()
             for tp, records in batch.items():
                 self._take(TopicPartition(tp.topic, tp.partition), records)
+            del batch, records  # or they stay in memory until the next ones come
             if self._shelf.overfull:
                 self._throttle(True)
             self._kick.set()
@@ -667,6 +668,7 @@ class Pump(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
                     await self._on_move(moves)
                 if due:
                     await self._on_due(due)
+                del due, moves
                 self._handing_records = self._handing_bytes = 0
                 self._some_settled.set()
                 await asyncio.sleep(0)

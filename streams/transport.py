@@ -713,11 +713,13 @@ class Consumer(driver.Consumer):
         drawn = await self._draw()
         if not drawn.records:
             return
-        self._drawn = drawn
+        self._drawn = _Drawn(drawn.assignment, {})  # what is in hand is let go as it is handed over
         self._in_hand.extend((TopicPartition(at.topic, at.partition), records) for at, records in drawn.records.items())
+        count = sum(map(len, drawn.records.values()))
+        del drawn
         await self._hand_over()
         fetching = self.transport.fetching
-        if sum(map(len, drawn.records.values())) < fetching.small_records:
+        if count < fetching.small_records:
             await asyncio.sleep(fetching.gather_s)
 
     async def _draw(self) -> _Drawn:
