@@ -100,9 +100,17 @@ def parked_headers(parked: Parked) -> Headers:
     return headers
 
 
-def read_parked(headers: Iterable[tuple[str, bytes]]) -> Parked | None:
+def _count(text: str) -> int:
+    """Raises ValueError: what is no count, or larger than any of ours, is not of our writing."""
+    number = int(text)
+    if not 0 <= number < 2**53:
+        raise ValueError
+    return number
+
+
+def read_parked(headers: Iterable[tuple[str, bytes | None]]) -> Parked | None:
     """The inverse of `parked_headers`; None if a header is missing or is no number where one is due."""
-    got = {name: value for name, value in headers if name.startswith("hg-")}
+    got = {name: value for name, value in headers if value is not None and name.startswith("hg-")}
     try:
         if got["hg-v"] != RECORD_VERSION:
             return None
@@ -113,15 +121,15 @@ def read_parked(headers: Iterable[tuple[str, bytes]]) -> Parked | None:
             delivery=DeliveryId(text["hg-delivery"]),
             event=EventId(text["hg-event"]),
             event_type=text["hg-type"],
-            attempt=int(text["hg-attempt"]),
-            hop=int(text["hg-hop"]),
-            parks=int(text["hg-parks"]),
-            not_before_ms=int(text["hg-not-before"]),
+            attempt=_count(text["hg-attempt"]),
+            hop=_count(text["hg-hop"]),
+            parks=_count(text["hg-parks"]),
+            not_before_ms=_count(text["hg-not-before"]),
             origin=text["hg-origin"],
             error=text["hg-error"],
             fault=text["hg-fault"],
             detail=text.get("hg-detail", ""),
-            first_failed_ms=int(text["hg-first-failed"]),
+            first_failed_ms=_count(text["hg-first-failed"]),
             replay=text.get("hg-replay", ""),
         )
     except (KeyError, ValueError):

@@ -127,11 +127,13 @@ class Worker:
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[BaseException | None] = loop.create_future()
         self._signals(loop)
+        loop.set_exception_handler(self._on_loop_fault)
         self._build(await self._topics())
         await self._health.start()
         log.info("worker_starting", worker=self._name, http_port=self._health.port, version=product_version())
         tasks: list[asyncio.Task[None]] = []
         await self._reader.start()
+        self._reader.on_end(self._task_ended)
         await self._first(self._reader.caught_up.wait())
         if not self._ended.done():
             gc.collect()
@@ -218,6 +220,7 @@ class Worker:
         )
         prefix = settings.topics.prefix
         self._tenants = Tenants(self._registry, lanes, self._metrics, prefix, self._reader.read_to_end)
+        max_unknown_bytes = worker.memory_budget_bytes // 4
         retries = Retries(
             self._tenants,
             lanes,
@@ -226,6 +229,7 @@ class Worker:
             self._metrics,
             settings.topics,
             settings.sizes.retry_tiers_s,
+            max_unknown_bytes,
         )
         self._pump = Pump(
             connection=settings.kafka.aiokafka(),
@@ -240,7 +244,6 @@ class Worker:
             max_bytes=min(HEAP_BUDGET_BYTES, worker.memory_budget_bytes // 4),
             commit_interval_s=worker.commit_interval_s,
         )
-        lanes.other_held_bytes = lambda: self._pump.held_bytes + self._settle.held_bytes + self._outbox.held_bytes
         self._app = self._faust(largest)
         self._router = Router(
             self._app.reader,
@@ -253,7 +256,10 @@ class Worker:
             topic_ids=dict(ids),
             max_event_bytes=settings.sizes.max_event_bytes,
             worker=self._name,
+            max_unknown_bytes=max_unknown_bytes,
         )
+        others = (self._pump, self._settle, self._outbox, self._router, retries)
+        lanes.other_held_bytes = lambda: sum([part.held_bytes for part in others])
         self._wire_metrics()
         self._health = Health(
             registry_for(self._metrics),
@@ -293,10 +299,11 @@ class Worker:
         while True:
             await asyncio.sleep(WATCH_S)
             outbox = self._outbox
-            away = outbox.unacknowledged_bytes > BROKER_AWAY_BYTES or outbox.unacknowledged_for_s() > BROKER_AWAY_S
+            waiting_bytes = outbox.unacknowledged_bytes + self._settle.missing_bytes
+            away = waiting_bytes > BROKER_AWAY_BYTES or outbox.unacknowledged_for_s() > BROKER_AWAY_S
             if away != self._broker_away:
                 self._broker_away = away
-                log.warning("broker_away" if away else "broker_back", unacknowledged=outbox.unacknowledged_bytes)
+                log.warning("broker_away" if away else "broker_back", unacknowledged=waiting_bytes)
                 if away:
                     self._app.reader.pause_fetch("broker")
                     self._pump.pause("broker")
@@ -323,6 +330,14 @@ class Worker:
         values = await self._ledger.read([self._average_key(name) for name in names])
         if values is not None:
             self._metrics.restore_averages(dict(zip(names, values, strict=True)))
+
+    def _on_loop_fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What a callback raises reaches nobody: its part of the worker has stopped, and what it held would wait for
+        ever. (What is said of tasks and futures that nobody asked is not such a fault.)"""
+        loop.default_exception_handler(context)
+        fault = context.get("exception")
+        if "handle" in context and isinstance(fault, Exception) and not self._stopping:
+            self._end(fault)
 
     def _task_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and not self._stopping:

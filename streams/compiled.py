@@ -27,6 +27,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 QUESTION_EVERY_S: Final = 1.0
+UNKNOWN_OVERHEAD_BYTES: Final = 1024  # Python's objects for a record that waits
 
 
 class CompiledTenant:
@@ -37,6 +38,8 @@ class CompiledTenant:
         "_lanes",
         "_metrics",
         "_own",
+        "_successor",
+        "can_seal",
         "config_version",
         "destinations",
         "event_counts",
@@ -66,6 +69,7 @@ class CompiledTenant:
         self.tag = tenant.tag
         self.state = tenant.state
         self.vault = tenant.vault
+        self.can_seal = tenant.vault.can_seal
         self.config_version = tenant.config_version
         self.log_events = tenant.payload_mode != "private"
         self.destinations = tenant.destinations if tenant.state == "active" else {}
@@ -83,6 +87,17 @@ class CompiledTenant:
             lanes.reconfigure(lane, self, destination)
             if destination is not None:
                 self._own[name] = lane
+        self._successor: CompiledTenant | None = None
+        if before is not None:
+            before._successor = self
+
+    def newest(self) -> "CompiledTenant":
+        """What the tenant is by now: for whoever held it over an await. A lane made by an old one would serve nobody
+        else, and would never hear of a change."""
+        found = self
+        while found._successor is not None:
+            found = found._successor
+        return found
 
     def lane(self, destination: DestinationId) -> Lane | None:
         """Its lane, made when it is first needed; None for a destination that the tenant does not have."""
@@ -173,16 +188,29 @@ class Tenants:
 class Unknowns(Generic[T]):
     """Records that wait for the registry to catch up; then `again` is called with them. Others go on meanwhile."""
 
-    def __init__(self, tenants: Tenants, again: Callable[[Sequence[T]], Awaitable[None]]) -> None:
+    def __init__(self, tenants: Tenants, again: Callable[[Sequence[T]], Awaitable[None]], max_bytes: int) -> None:
+        """Who adds waits for `room` before it takes more: a control plane that is away must not fill the memory."""
         self._tenants = tenants
         self._again = again
+        self._max_bytes = max_bytes
         self._waiting: list[T] = []
+        self._room = asyncio.Event()
+        self._room.set()
         self._task: asyncio.Task[None] | None = None
+        self.held_bytes = 0
 
-    def add(self, item: T) -> None:
+    async def room(self) -> None:
+        await self._room.wait()
+
+    def add(self, item: T, size: int) -> None:
+        """`size` in bytes, without what Python needs for it."""
         self._waiting.append(item)
+        self.held_bytes += size + UNKNOWN_OVERHEAD_BYTES
+        if self.held_bytes > self._max_bytes:
+            self._room.clear()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task.add_done_callback(_ended)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -191,7 +219,16 @@ class Unknowns(Generic[T]):
         try:
             while self._waiting:
                 items, self._waiting = self._waiting, []
+                size = self.held_bytes
                 await self._tenants.ask()
+                self.held_bytes -= size
+                if self.held_bytes <= self._max_bytes:
+                    self._room.set()
                 await self._again(items)
         finally:
             self._task = None
+
+
+def _ended(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled():
+        task.result()  # a bug ends the worker (`app.py`): what waited here is settled by nobody else

@@ -6,7 +6,7 @@ read committed. What the records mean is `config/registry.py`'s.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -67,6 +67,11 @@ class ControlReader:
         """Runs `run` as a task, and returns at once: await `caught_up`."""
         self._task = asyncio.get_running_loop().create_task(self.run(), name="control-reader")
         self._task.add_done_callback(_log_death)
+
+    def on_end(self, ended: Callable[["asyncio.Task[None]"], None]) -> None:
+        """`ended` is told if the reading, once started, has ended: whoever goes on would route by what is old."""
+        assert self._task is not None, "not started"
+        self._task.add_done_callback(ended)
 
     async def stop(self) -> None:
         """Twice is fine. What awaits `read_to_end` goes on waiting: it must not take the unread for the absent."""

@@ -46,6 +46,7 @@ class Flight(Struct, gc=False):
     duration_s: float = 0.0
     ended_ms: int = 0
     slow: bool = False
+    version: int = 0  # of the destination's record, when the attempt began
     outcome: Outcome | None = None
     next_ms: int = 0
     end: str = ""

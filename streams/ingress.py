@@ -79,8 +79,10 @@ class Router:
         topic_ids: dict[str, str],
         max_event_bytes: int,
         worker: str,
+        max_unknown_bytes: int,
     ) -> None:
-        """`vendors` and `topic_ids` (first 8 hex digits) by ingress topic."""
+        """`vendors` and `topic_ids` (first 8 hex digits) by ingress topic; `max_unknown_bytes` bounds what waits for
+        the registry before others have to."""
         self._consumer = consumer
         self._tenants = tenants
         self._lanes = lanes
@@ -97,7 +99,12 @@ class Router:
         self._clock = Clock()
         self._some = asyncio.Event()
         self._space = asyncio.Event()
-        self._unknown: Unknowns[tuple[Lot, Record]] = Unknowns(tenants, self._asked)
+        self._unknown: Unknowns[tuple[Lot, Record]] = Unknowns(tenants, self._asked, max_unknown_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of records that wait for the registry."""
+        return self._unknown.held_bytes
 
     # ---------------------------------------------------------------- in
 
@@ -121,6 +128,7 @@ class Router:
         while True:
             await self._some.wait()
             await self._lanes.room.wait()
+            await self._unknown.room()
             lots: list[Lot] = []
             count = size = 0
             while self._inbox and count < ROUND_RECORDS and size < ROUND_BYTES:
@@ -202,7 +210,7 @@ class Router:
         tenant = self._tenants.of_vendor(lot.vendor).get(key)
         if tenant is None or tenant.state in ("removed", "deleted"):
             if not asked:
-                self._unknown.add((lot, record))
+                self._unknown.add((lot, record), len(record.value or b""))
                 return None
             return self._unrouted(lot, record, "unknown_tenant", "no tenant has this customerExternalId")
         if tenant.state == "deleting":
@@ -210,6 +218,13 @@ class Router:
             bump(self._metrics.meter(tenant.ref, tenant.tag, "").dropped, "tenant_deleted")
             lot.fan.settled((record.offset,))
             return None
+        if not tenant.can_seal:  # nothing of it could be parked or logged
+            if not asked:
+                self._unknown.add((lot, record), len(record.value or b""))
+                return None
+            return self._unrouted(
+                lot, record, "unsealable", "the tenant's data key is gone: apply it again for a new one"
+            )
         value = record.value
         if value is None:
             return self._unrouted(lot, record, "malformed", "the record has no value")
@@ -244,20 +259,22 @@ class Router:
         tenant, event, lot, offset = item.tenant, item.event, item.lot, item.offset
         bump(tenant.event_counts, "routed" if names else "unmatched")
         origin = f"{lot.topic}/{lot.partition}/{offset}"
-        correlation = correlation_id(event)
+        hidden = item.matching.hidden
+        shown = event if hidden is None else hidden.apply(event)
+        correlation = correlation_id(shown)  # it goes unsealed into records and logs
         self._settle.routed(
             lot.vendor,
             tenant.ref.tenant,
-            self._event_record(item, event_name, names, origin, correlation),
+            self._event_record(item, shown, event_name, names, origin, correlation),
             None if names else lot.fan,
             offset,
         )
         lot.fan.expect(offset, len(names))
         shared = Shared() if len(names) > 1 else None
+        newest = tenant.newest()  # it may have changed while Redis was asked
         for place, match in enumerate(item.matching.matched):
             name = DeliveryId("dlv_" + names[place])
-            lane = tenant.lane(match.destination)
-            assert lane is not None  # `apply` refuses a route to what is not there; a swap is whole
+            lane = newest.lane(match.destination) or newest.grave(match.destination)
             delivery = Delivery(
                 tenant.ref,
                 match.destination,
@@ -282,9 +299,9 @@ class Router:
                 self._lanes.admit(flight, now)
 
     def _event_record(
-        self, item: _Routed, event_name: str, names: Sequence[str], origin: str, correlation: str
+        self, item: _Routed, event: Event, event_name: str, names: Sequence[str], origin: str, correlation: str
     ) -> bytes:
-        tenant, event = item.tenant, item.event
+        tenant = item.tenant
         ident = "evt_" + event_name
         record = EventRecord(
             ident,
@@ -301,9 +318,7 @@ class Router:
             {match.destination: "dlv_" + name for match, name in zip(item.matching.matched, names, strict=True)},
         )
         if tenant.log_events:
-            hidden = item.matching.hidden
-            shown = event if hidden is None else hidden.apply(event)
-            record.sealed = tenant.vault.seal(PURPOSE_EVENT, "", ident, canonical(shown))
+            record.sealed = tenant.vault.seal(PURPOSE_EVENT, "", ident, canonical(event))
         return encode_record(record)
 
     # ---------------------------------------------------------------- what cannot be routed

@@ -112,6 +112,12 @@ class Lane:
             self.connector = None
         self.owner = owner
         self.destination = destination
+        if (bytes(destination.record.options), destination.record.secrets) != (
+            bytes(self.record.options),
+            self.record.secrets,
+        ):  # what another place, or other credentials, were answered says nothing of these
+            self.breaker = Breaker()
+            self.closed_until = 0.0
         self.record = destination.record
         self.disabled = destination.disabled
         rate = self.record.limits.rate_per_s
@@ -368,6 +374,7 @@ class Lanes:
         self._share.started(lane.seat, flight.delivery.size)
         self.held_bytes += flight.delivery.size  # the request is a copy
         flight.started_at = now
+        flight.version = lane.record.version
         self._young[id(flight)] = flight
         if lane.connector is None or (lane.secrets_until_ms and at_ms >= lane.secrets_until_ms):
             self._close(lane.connector)
@@ -404,7 +411,7 @@ class Lanes:
         flight.outcome = outcome
         flight.duration_s = now - flight.started_at
         flight.ended_ms = int(time.time() * 1000)
-        if outcome.fault == "destination":
+        if outcome.fault == "destination" and flight.version == lane.record.version:
             lane.breaker.record(now, False)
             if outcome.retry_after_s and outcome.status in CLOSING_STATUSES:
                 self._close_until(lane, now + outcome.retry_after_s)

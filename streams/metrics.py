@@ -7,6 +7,7 @@ tenant's label from `TENANT_LABEL`.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from typing import Final, Literal
 
 from prometheus_client import CollectorRegistry
@@ -154,9 +155,12 @@ class Metrics:
             raw = kept.get(name)
             if raw is None:
                 continue
-            count, _, seconds = raw.decode().partition(" ")
-            if int(count) > average.count:
-                average.count, average.seconds = int(count), float(seconds)
+            try:
+                count, seconds = raw.decode().split(" ")
+                if int(count) > average.count and isfinite(float(seconds)):
+                    average.count, average.seconds = int(count), float(seconds)
+            except ValueError:
+                continue  # not of our writing: it is learnt anew
 
 
 def _average_name(tenant: TenantRef, event_type: str) -> str:

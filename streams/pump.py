@@ -308,7 +308,7 @@ class Shelf:
 
 
 def _size(record: Record) -> int:
-    return RECORD_OVERHEAD_BYTES + len(record.value or b"") + sum([len(value) for _, value in record.headers])
+    return RECORD_OVERHEAD_BYTES + len(record.value or b"") + sum([len(value or b"") for _, value in record.headers])
 
 
 def _not_before_ms(record: Record) -> int:
@@ -316,7 +316,7 @@ def _not_before_ms(record: Record) -> int:
         if name == NOT_BEFORE:
             try:
                 return int(value)
-            except ValueError:
+            except (ValueError, TypeError):  # the broker takes headers without a value
                 return 0
     return 0
 

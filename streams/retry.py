@@ -6,8 +6,10 @@ can no longer be delivered ends it: by a dead letter, by `dlq.unrouted` with its
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Final
 
+import msgspec
 import structlog
 from msgspec.structs import replace
 
@@ -16,7 +18,7 @@ from routing.policy import tier_for
 from schemas.attempt import PURPOSE_DELIVERY
 from schemas.delivery import Delivery
 from schemas.event import correlation_id, from_canonical
-from schemas.ids import Vendor
+from schemas.ids import TenantRef, Vendor
 from schemas.topics import Topics
 from schemas.wire import parked_headers, read_parked
 from streams.compiled import Tenants, Unknowns
@@ -47,6 +49,7 @@ class Retries:
         metrics: Metrics,
         topics: Topics,
         tiers_s: tuple[float, ...],
+        max_unknown_bytes: int,
     ) -> None:
         self._tenants = tenants
         self._lanes = lanes
@@ -55,7 +58,12 @@ class Retries:
         self._metrics = metrics
         self._topics = topics
         self._tiers_ms = tuple(int(tier * 1000) for tier in tiers_s)
-        self._unknown: Unknowns[Due] = Unknowns(tenants, self._asked)
+        self._unknown: Unknowns[Due] = Unknowns(tenants, self._asked, max_unknown_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of records that wait for the registry."""
+        return self._unknown.held_bytes
 
     async def due(self, records: Sequence[Due]) -> None:
         """Admits what is due, once there is room for it in memory.
@@ -63,6 +71,7 @@ class Retries:
         Returns when all of it is in a lane, parked again, ended, or waits for the registry.
         """
         await self._lanes.room.wait()
+        await self._unknown.room()
         await self._admit(records, asked=False)
 
     async def _asked(self, records: Sequence[Due]) -> None:
@@ -107,7 +116,7 @@ class Retries:
         tenant = self._tenants.get(parked.tenant)
         lane = tenant.lane(parked.destination) if tenant is not None else None
         if (tenant is None or lane is None) and not asked:
-            self._unknown.add(due)
+            self._unknown.add(due, due.size)
             return None
         if tenant is None:
             self._unrouted(due, "unknown_tenant", "no such tenant")
@@ -122,9 +131,12 @@ class Retries:
                 tenant.dropped("shredded")
                 due.source.settled((due.offset,))
             elif fault.code == "unknown_key" and not asked:
-                self._unknown.add(due)
+                self._unknown.add(due, due.size)
             else:
                 self._unrouted(due, "unsealable", "does not open for this tenant, destination and delivery")
+            return None
+        except msgspec.DecodeError:  # sealed by a version that knows fields that this one does not
+            self._unrouted(due, "malformed", "holds an event that this version cannot read")
             return None
         delivery = Delivery(
             tenant=tenant.ref,
@@ -174,4 +186,8 @@ class Retries:
             headers = parked_headers(replace(parked, hop=parked.hop + 1))
             tier = tier_for(parked.not_before_ms - now_ms, self._tiers_ms)
             letter = Letter(due.record.topic, due.record.key, due.record.value, headers, nothing, tier)
-            self._settle.relay(letter, due.source, due.offset)
+            self._settle.relay(letter, due.source, due.offset, partial(self._is_alive, parked.tenant))
+
+    def _is_alive(self, tenant: TenantRef) -> bool:
+        found = self._tenants.get(tenant)
+        return found is None or found.state == "active"

@@ -12,6 +12,7 @@ batches: one gathers while the broker answers for the one before.
 """
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from typing import Final
 
 import structlog
 
+from config.vault import Unsealable
 from routing.policy import Again, Dead, Finished, next_step, park_until, tier_for
 from schemas.attempt import (
     PURPOSE_ATTEMPT,
@@ -45,6 +47,7 @@ log = structlog.get_logger()
 
 GATHER_S: Final = 0.005
 MISSING_TOPIC_WAIT_S: Final = 5.0
+SAY_AGAIN_S: Final = 1.0
 # A parked delivery is held three times until the broker has it: as it came, sealed, and in the producer's queue. So
 # while more than this is unacknowledged nothing more is sealed: a lane may park as a whole, however much it holds.
 SEALED_AHEAD_BYTES: Final = 16 * 2**20
@@ -103,12 +106,14 @@ class Settle:
         self._open_letters = 0
         self._to_seal: deque[tuple[Flight, str, Parked, int]] = deque()
         self._gathered_bytes = 0
+        self._said_missing_at = float("-inf")
+        self.missing_bytes = 0  # of records as they came whose topic is not there
         self.leaving_bytes = 0  # of deliveries that are being replaced: they go as fast as the broker takes them
 
     @property
     def held_bytes(self) -> int:
         """Of records that gather for the next batch. What is written already is the outbox's."""
-        return self._gathered_bytes
+        return self._gathered_bytes + self.missing_bytes
 
     # ---------------------------------------------------------------- what can happen to a delivery
 
@@ -136,7 +141,7 @@ class Settle:
                 self._to_retry(flight, made, 0, at_ms, outcome.code, outcome.fault, outcome.detail)
             case Dead(code=code, detail=detail):
                 self._to_dead_letters(flight, made, code, outcome.fault, detail or outcome.detail)
-        if outcome.code == "gone":
+        if outcome.code == "gone" and flight.version == flight.lane.record.version:
             self._disable(flight)
 
     def recovered(self, flight: Flight) -> None:
@@ -196,19 +201,25 @@ class Settle:
         more = unrouted_headers(headers, vendor=vendor, origin=origin, reason=reason, detail=detail)
         self.relay(Letter(self._topics.unrouted(vendor), key, value, more, nothing), source, offset)
 
-    def relay(self, letter: Letter, source: Source, offset: int) -> None:
+    def relay(self, letter: Letter, source: Source, offset: int, wanted: Callable[[], bool] = lambda: True) -> None:
         """Writes a record that replaces another as it is, and acknowledges that one's source then.
 
-        Where its topic is missing somebody deleted it: nothing is acknowledged until it is back.
+        Where its topic is missing somebody deleted it: nothing is acknowledged until it is back, or until what it
+        belonged to is not `wanted` any more.
         """
 
-        def done(_letter: Letter, found: bool) -> None:
-            if not found:
-                log.error("topic_missing", topic=letter.topic)
-                self._loop.call_later(MISSING_TOPIC_WAIT_S, self._outbox.write, letter)
+        def done(letter: Letter, found: bool) -> None:
+            if not found and wanted():
+                self.missing_bytes += letter.size()
+                self._loop.call_later(MISSING_TOPIC_WAIT_S, again, letter)
+                self._topic_missing(letter)
                 return
             self._letter_done()
             source.settled((offset,))
+
+        def again(letter: Letter) -> None:
+            self.missing_bytes -= letter.size()
+            self._outbox.write(letter)
 
         letter.done = done
         self._open_letters += 1
@@ -229,7 +240,17 @@ class Settle:
     def _seal(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
         delivery = flight.delivery
         vault = flight.lane.owner.vault
-        value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, canonical(delivery.event))
+        try:
+            value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, canonical(delivery.event))
+        except Unsealable as fault:
+            if fault.code == "shredded":  # a marker says so: nothing of the tenant may be kept
+                bump(flight.lane.meter.dropped, "shredded")
+                flight.end = "dropped"
+                self._loop.call_soon(self._written, flight)
+            else:
+                log.error("tenant_key_missing", vendor=delivery.tenant.vendor, topic=topic)
+                self._loop.call_later(MISSING_TOPIC_WAIT_S, self._seal, flight, topic, parked, partition)
+            return
         key = delivery_key(delivery.tenant, delivery.destination)
         letter = Letter(topic, key, value, parked_headers(parked), nothing, partition)
         letter.done = partial(self._replaced, flight)
@@ -239,11 +260,21 @@ class Settle:
         owner = flight.lane.owner
         if not found and owner.state == "active":
             # the topic of a living tenant is missing: somebody deleted it. Nothing is acknowledged until it is back
-            log.error("tenant_topic_missing", topic=letter.topic)
             self._loop.call_later(MISSING_TOPIC_WAIT_S, self._outbox.write, letter)
+            self._topic_missing(letter)
             return
         if not found:
             bump(flight.lane.meter.dropped, "tenant_deleted")
+        self._written(flight)
+
+    def _topic_missing(self, letter: Letter) -> None:
+        now = time.monotonic()
+        if now - self._said_missing_at > SAY_AGAIN_S:
+            self._said_missing_at = now
+            log.error("topic_missing", topic=letter.topic)
+        self._seal_more()  # it makes room for others until it is written again
+
+    def _written(self, flight: Flight) -> None:
         self.leaving_bytes -= flight.weight
         self._flights.append(flight)
         self._letter_done()
@@ -251,9 +282,12 @@ class Settle:
 
     def _letter_done(self) -> None:
         self._open_letters -= 1
+        self._seal_more()
+        self._note_idle()
+
+    def _seal_more(self) -> None:
         while self._to_seal and self._outbox.unacknowledged_letter_bytes <= SEALED_AHEAD_BYTES:
             self._seal(*self._to_seal.popleft())
-        self._note_idle()
 
     def _parked(
         self, flight: Flight, attempt: int, parks: int, at_ms: int, error: str, fault: str, detail: str
@@ -323,7 +357,7 @@ class Settle:
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._task = None
-        task.result()  # a bug here must end the worker, not lose a batch in silence
+        task.result()  # a bug here ends the worker: what a callback raises does (`app.py`)
         if self._armed:
             self._loop.call_later(GATHER_S, self._begin)
         else:
@@ -403,7 +437,8 @@ class Settle:
                 if outcome.answer or outcome.detail:
                     answer = encode_answer(SealedAnswer(outcome.answer, outcome.detail))
                     item = attempt_aad_item(delivery.id, delivery.attempt + 1)
-                    record.sealed = lane.owner.vault.seal(PURPOSE_ATTEMPT, delivery.destination, item, answer)
+                    with contextlib.suppress(Unsealable):  # without its key nobody may read it again
+                        record.sealed = lane.owner.vault.seal(PURPOSE_ATTEMPT, delivery.destination, item, answer)
             keys.append(tenant.tenant)
             values.append(encode_record(record))
 

@@ -274,8 +274,8 @@ def moved(victim: Victim) -> None:
     """Its retry record is acknowledged in the tier of the rest, before the one that it replaces is settled."""
     relay = Settle.relay
 
-    def look(settle: Settle, letter: Letter, source: Any, offset: int) -> None:
-        relay(settle, letter, source, offset)
+    def look(settle: Settle, letter: Letter, source: Any, offset: int, *more: Any) -> None:
+        relay(settle, letter, source, offset, *more)
         if victim.is_of(letter):
             letter.done = lambda *_: die()
 

@@ -1,0 +1,198 @@
+"""What once could end a worker, stall it without a word, or lose a record: on real Kafka, one test each."""
+
+import asyncio
+import sys
+from typing import Any
+
+import msgspec
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
+
+from dev.inbox import Ok, Refuse, Slow, Steps, Throttle, fail_first
+from schemas.control import ControlKey, ShreddedMarker, encode_control
+from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
+from schemas.wire import read_parked
+from streams.compiled import Tenants, Unknowns
+from streams.metrics import Metrics
+from tests.deployment import Deployment, Read, event, eventually
+
+pytestmark = pytest.mark.broker
+
+QUICK: dict[str, Any] = {"schedule": ["0s", "1s", "1s"], "max_age": "1h"}
+BREAKS_SETTLING = """
+from cli.main import main
+from streams.settle import Settle
+def bug(self, flights, batches):
+    raise RuntimeError("a bug")
+Settle._attempt_records = bug
+main(["worker"])
+"""
+
+
+def error(record: Read) -> str:
+    found = read_parked(list(record.headers.items()))
+    assert found is not None
+    return found.error
+
+
+async def test_a_bug_in_settling_ends_the_worker_and_the_next_one_loses_nothing(deployment: Deployment):
+    await deployment.apply({"tenants": [deployment.tenant("acme")]})
+    broken = deployment.launch("w0", (sys.executable, "-c", BREAKS_SETTLING))
+    await broken.ready()
+    await deployment.publish([("acme", event("e1"))])
+    assert await broken.ended() == 1
+    await deployment.worker()
+    await deployment.all_committed()
+    assert {one.webhook_id for one in deployment.inbox.received("/acme")} != set()
+    attempts = await eventually(
+        lambda: [one for one in deployment.attempts() if one["kind"] == "attempt"], "an attempt record"
+    )
+    assert [one["verdict"] for one in attempts] == ["delivered"]
+
+
+async def test_a_tenant_whose_data_key_is_shredded_ends_nothing_but_its_own(deployment: Deployment):
+    await deployment.apply({"tenants": [deployment.tenant("acme", retry=QUICK), deployment.tenant("other")]})
+    deployment.inbox.script("/acme", Steps((Slow(delay_s=4.0, status=500), Ok()), per="path"))
+    worker = await deployment.worker()
+    await deployment.publish([("acme", event("flying"))])
+    await eventually(lambda: worker.metric("headgate_in_flight") == 1, "in flight")
+    acme, topics = ExternalId("acme"), deployment.settings.topics
+    marker = ControlKey("shredded", DEFAULT_VENDOR, acme, "").encode()
+    producer = Producer(deployment.settings.kafka.confluent())
+    producer.produce(topics.control, encode_control(ShreddedMarker(acme, 1, 0)), marker, partition=0)
+    producer.produce(topics.keys, None, ControlKey("key", DEFAULT_VENDOR, acme, "1").encode(), partition=0)
+    producer.flush(10)
+    await asyncio.sleep(2.5)  # within 2 s every worker knows
+    await deployment.publish([("acme", event("late")), ("other", event("e1"))])
+    await deployment.inbox.wait_for("/other", 1, 30)
+    (letter,) = await eventually(deployment.unrouted, "what can be neither parked nor logged is kept as it came")
+    assert letter.headers["hg-error"] == b"unsealable"
+    await deployment.all_committed()
+    assert worker.metric("headgate_dropped_total", reason="shredded") == 1  # the one in flight
+    assert worker.process.poll() is None
+
+
+async def test_forged_records_of_a_retry_topic_end_no_worker_and_hold_nothing_up(deployment: Deployment):
+    await deployment.apply({"tenants": [deployment.tenant("acme", retry={**QUICK, "schedule": ["0s", "3s"]})]})
+    deployment.inbox.script("/acme", fail_first(1))
+    worker = await deployment.worker()
+    await deployment.publish([("acme", event("e1"))])
+    (real,) = await eventually(lambda: deployment.retries("acme"), "a retry record")
+    producer = Producer(deployment.settings.kafka.confluent())
+    forged: list[dict[str, bytes | None]] = [
+        {"hg-hop": b"9" * 30},
+        {"hg-not-before": b"9" * 400},
+        {"hg-not-before": None},
+        {"hg-attempt": b"-1"},
+        {"hg-tenant": None},
+        {"hg-first-failed": b"1" * 19},
+    ]
+    for change in forged:
+        headers = {**real.headers, **change}
+        producer.produce(real.topic, real.value, real.key, partition=0, headers=list(headers.items()))  # type: ignore[arg-type]
+    producer.flush(10)
+    letters = await eventually(lambda: (x := deployment.unrouted())[len(forged) - 1 :] and x, "all are unrouted")
+    assert {one.headers["hg-error"] for one in letters} == {b"malformed"}
+    received = await deployment.inbox.wait_for("/acme", 1, 30)
+    assert [one.status for one in received] == [503, 200]
+    assert worker.process.poll() is None
+
+
+@pytest.mark.parametrize("answer", [Throttle("86400"), Refuse(410)], ids=["retry-after", "410"])
+async def test_what_the_old_place_answers_says_nothing_of_the_new_one(deployment: Deployment, answer: Any):
+    tenant = deployment.tenant("acme", retry=QUICK)
+    await deployment.apply({"tenants": [tenant]})
+    slow = Slow(delay_s=4.0, status=410) if isinstance(answer, Refuse) else answer
+    deployment.inbox.script("/acme", slow)
+    worker = await deployment.worker()
+    await deployment.publish([("acme", event("e1"))])
+    if isinstance(answer, Refuse):
+        await eventually(lambda: worker.metric("headgate_in_flight") == 1, "in flight")
+    else:
+        await eventually(lambda: deployment.inbox.received("/acme"), "throttled")
+    tenant["destinations"][0]["options"]["url"] = deployment.inbox.url("/fresh")
+    await deployment.apply({"tenants": [tenant]})
+    if isinstance(answer, Refuse):
+        await eventually(lambda: deployment.dead_letters("acme"), "the old place has answered")
+    else:
+        await asyncio.sleep(2.0)
+    await deployment.publish([("acme", event("e2"))])
+    await deployment.inbox.wait_for("/fresh", 1, 20)
+    assert [error(one) for one in deployment.dead_letters("acme")] in (["expired"], ["gone"])
+
+
+async def test_a_redacted_correlation_id_is_in_no_record(deployment: Deployment):
+    tenant = deployment.tenant("acme", retry=QUICK)
+    tenant["routes"][0]["redact"] = ["metadata.correlationId"]
+    await deployment.apply({"tenants": [tenant]})
+    deployment.inbox.script("/acme", fail_first(1))
+    await deployment.worker()
+    await deployment.publish([("acme", event("e1", metadata={"correlationId": "canary-7"}))])
+    await deployment.inbox.wait_for("/acme", 1, 30)
+    await eventually(lambda: deployment.attempts()[2:], "the event's record and two attempts")
+    assert "canary-7" not in msgspec.json.encode(deployment.attempts()).decode()
+    assert {one.get("correlationId") for one in deployment.attempts()} == {"[redacted]"}
+
+
+async def test_one_tenants_missing_topic_holds_up_nobody_elses_retries(deployment: Deployment):
+    lost, other = deployment.tenant("lost", retry=QUICK), deployment.tenant("other", retry=QUICK)
+    await deployment.apply({"tenants": [lost, other]})
+    deployment.inbox.script("/lost", Refuse(503))
+    deployment.inbox.script("/other", fail_first(1))
+    await deployment.worker()
+    topic = deployment.settings.topics.retry(DEFAULT_VENDOR, Tag("lost"))
+    admin = AdminClient(deployment.settings.kafka.confluent())
+    admin.delete_topics([topic])[topic].result(10)
+    large = [("lost", event(f"e{n}", payload="x" * 500_000)) for n in range(100)]  # three times what is sealed ahead
+    await deployment.publish(large)
+    await eventually(lambda: len(deployment.inbox.received("/lost")) > 5, "its attempts fail")
+    await asyncio.sleep(4.0)  # until the producer takes the topic for missing
+    await deployment.publish([("other", event(f"e{n}")) for n in range(5)])
+    received = await deployment.inbox.wait_for("/other", 5, 20)
+    assert sorted(one.status for one in received) == [200] * 5 + [503] * 5
+    assert deployment.retries("lost") == []
+    await deployment.apply({"tenants": [lost, other]})  # makes the topic again
+    await deployment.all_committed()
+    assert len({one.headers["hg-delivery"] for one in deployment.retries("lost")}) == 100
+
+
+async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
+    answered = asyncio.Event()
+    again: list[int] = []
+
+    class Away(Tenants):
+        def __init__(self) -> None:
+            pass
+
+        async def ask(self) -> None:
+            await answered.wait()
+
+    async def take(items: Any) -> None:
+        again.extend(items)
+
+    unknowns: Unknowns[int] = Unknowns(Away(), take, max_bytes=100_000)
+    taken = 0
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            for number in range(1000):
+                await unknowns.room()
+                unknowns.add(number, 9000)
+                taken += 1
+                await asyncio.sleep(0)
+    assert taken == 10
+    answered.set()
+    await unknowns.room()
+    await eventually(lambda: len(again) == taken, "all are taken up again", 5)
+    assert unknowns.held_bytes == 0
+
+
+def test_averages_in_redis_that_are_not_of_our_writing_are_left_out():
+    metrics = Metrics(tenant_label="tag", type_label=False, version="0")
+    average = metrics.average(TenantRef(DEFAULT_VENDOR, ExternalId("acme")), "acme", "other")
+    (name,) = [name for name, _ in metrics.unknown_averages()]
+    for garbage in (b"", b"x y", b"\xff", b"1", b"100 nan", b"100 inf"):
+        metrics.restore_averages({name: garbage})
+    assert (average.count, average.seconds) == (0, 0.0)
+    metrics.restore_averages({name: b"30 0.5"})
+    assert (average.count, average.seconds) == (30, 0.5)
