@@ -36,11 +36,11 @@ TOO_LARGE: Final = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_L
 RawHeaders = Sequence[tuple[str, bytes | None]]
 
 
-class Letter(Struct, gc=False):
+class Letter(Struct):
     """One record to be written. `partition` -1 leaves the choice to the key.
 
-    `done(letter, False)`: there is no such topic. `done` must not hold the letter itself: the collector does not look
-    into it, so such a ring would stay for good.
+    `done(letter, False)`: there is no such topic. `done` must not hold the letter itself: such a ring, with all its
+    bytes, stays until the collector comes by, which in a worker is seldom.
     """
 
     topic: str
