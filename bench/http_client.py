@@ -1,7 +1,8 @@
-"""What one webhook delivery costs through the connector: `python -m bench.http_client [--tls] [--tasks] [-n 100000]`.
+"""What one webhook delivery costs through the connector: `python -m bench.http_client [--tls] [--unlike] [--tasks]`.
 
 CPU of this process only, receiver in another: encode, sign, POST over a kept connection, classify. No Kafka, no Redis.
 `--tasks` goes the way of `deliver`, a task and a time limit for each delivery, instead of `start` (ADR 0002).
+`--unlike` has the receiver answer as large services do, no two answers alike; without it all are the same.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from ipaddress import ip_network
 from multiprocessing.synchronize import Event as Ready
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import cast
 
 import trustme
@@ -31,10 +33,17 @@ from schemas.outcome import Outcome
 
 AT_MS = 1_790_000_000_000
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+UNLIKE = (
+    b"HTTP/1.1 200 OK\r\nDate: Sat, 21 Nov 2026 09:30:00 GMT\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 15\r\nConnection: keep-alive\r\nX-Request-Id: %032d\r\n\r\n" + b'{"status":"ok"}'
+)
 
 
 class Receiver(asyncio.Protocol):
     """Counts whole requests by their length and answers each; reads nothing else of them."""
+
+    unlike = False
+    answered = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -48,10 +57,13 @@ class Receiver(asyncio.Protocol):
             if len(self.buffer) < size:
                 return
             self.buffer = self.buffer[size:]
-            self.transport.write(ANSWER)
+            Receiver.answered += 1
+            self.transport.write(UNLIKE % Receiver.answered if self.unlike else ANSWER)
 
 
-def receive(listener: socket.socket, certificate: str | None, ready: Ready) -> None:
+def receive(listener: socket.socket, certificate: str | None, unlike: bool, ready: Ready) -> None:
+    Receiver.unlike = unlike
+
     async def serve() -> None:
         context = None
         if certificate is not None:
@@ -130,15 +142,18 @@ async def measure(run_of: type[Run], url: str, ca_file: str | None, count: int, 
     for wanted in (min(count, 5_000), count):  # the first round connects and warms up
         opened = egress.http.opened
         run = run_of(connectors, deliveries, wanted)
-        cpu, wall = time.process_time(), time.perf_counter()
+        begun, wall = getrusage(RUSAGE_SELF), time.perf_counter()
         for _ in range(min(in_flight, wanted)):
             run.start()
         await run.over
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        ended, wall = getrusage(RUSAGE_SELF), time.perf_counter() - wall
     opened = egress.http.opened - opened
+    system = ended.ru_stime - begun.ru_stime
+    cpu = ended.ru_utime - begun.ru_utime + system
     print(
-        f"{url.partition(':')[0]}: {cpu / count * 1e6:.1f} us of CPU a delivery, {count / cpu:,.0f} per CPU-second, "
-        f"{count / wall:,.0f}/s; {run.failed} failed, {opened} connections opened, {1 - opened / count:.2%} reused"
+        f"{url.partition(':')[0]}: {cpu / count * 1e6:.1f} us of CPU a delivery, {system / count * 1e6:.1f} "
+        f"of them in the system, {count / cpu:,.0f} per CPU-second, {count / wall:,.0f}/s; {run.failed} failed, "
+        f"{opened} connections opened, {1 - opened / count:.2%} reused"
     )
     egress.http.close()
 
@@ -147,6 +162,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
     parse.add_argument("--tls", action="store_true")
     parse.add_argument("--tasks", action="store_true", help="a task for each delivery")
+    parse.add_argument("--unlike", action="store_true", help="no two answers alike")
     parse.add_argument("-n", type=int, default=100_000, help="deliveries")
     parse.add_argument("--tenants", type=int, default=50)
     parse.add_argument("--in-flight", type=int, default=128)
@@ -162,7 +178,9 @@ def main() -> None:
             authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(certificate)
             Path(certificate).chmod(0o600)
         ready = multiprocessing.Event()
-        receiver = multiprocessing.Process(target=receive, args=(listener, certificate, ready), daemon=True)
+        receiver = multiprocessing.Process(
+            target=receive, args=(listener, certificate, given.unlike, ready), daemon=True
+        )
         receiver.start()
         ready.wait()
         url = f"{'https' if given.tls else 'http'}://127.0.0.1:{port}/in"

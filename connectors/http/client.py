@@ -12,9 +12,10 @@ import select
 import socket
 import ssl
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, TypeVar
+
+from msgspec import Struct
 
 from connectors.http.answer import Answer, Fault, Step
 from connectors.http.connection import Connection
@@ -40,24 +41,28 @@ _LATE: Final[Mapping[Step, str]] = {
 }
 
 Done = Callable[[Answer], None]
+Waiting = TypeVar("Waiting")
 
 
-class Exchange:
-    """One request from `post` until `done` is called. `message` is kept as long: a stale connection costs a resend."""
+class Exchange(Struct, eq=False):
+    """One request from `post` until `done` is called. `message` is kept as long: a stale connection costs a resend.
 
-    __slots__ = ("addresses", "connection", "deadlines", "detail", "done", "fault", "message", "over", "step", "target")
+    It is in `deadlines` for just as long. A Struct because one is made for each request, and that takes half the time.
+    """
 
-    def __init__(self, target: "Target", message: bytes, done: Done) -> None:
-        self.target = target
-        self.message = message
-        self.done = done
-        self.over = False
-        self.connection: Connection | None = None
-        self.addresses: tuple[Address, ...] = ()
-        self.fault: Fault = ""
-        self.detail = ""
-        self.step: Step = "answer"
-        self.deadlines: OrderedDict[Exchange, float]
+    target: "Target"
+    message: bytes
+    done: Done
+    deadlines: "dict[Exchange, float]"
+    connection: Connection | None = None
+    addresses: tuple[Address, ...] = ()
+    fault: Fault = ""
+    detail: str = ""
+    step: Step = "answer"
+
+    @property
+    def over(self) -> bool:
+        return self not in self.deadlines
 
 
 class Target:
@@ -66,11 +71,11 @@ class Target:
     __slots__ = (
         "_client",
         "_context",
-        "_drained",
-        "_head",
         "_identity",
         "closed",
         "connections",
+        "drained",
+        "head",
         "idle",
         "open",
         "place",
@@ -87,23 +92,23 @@ class Target:
         self._client = client
         self._identity = identity
         self._context: ssl.SSLContext | None = None
-        self._drained: asyncio.Future[None] | None = None
-        self._head = f"POST {place.path} HTTP/1.1\r\nhost: {place.authority}\r\n".encode("ascii")
+        self.drained: asyncio.Future[None] | None = None
+        # the request line and the host: what every message to this place begins with
+        self.head = f"POST {place.path} HTTP/1.1\r\nhost: {place.authority}\r\n".encode("ascii")
 
-    def post(self, headers: bytes, body: bytes, timeout_s: float, done: Done) -> None:
-        """Begins a POST. `headers` are whole lines, each with its CRLF, without host and content-length.
+    def post(self, message: bytes, timeout_s: float, done: Done) -> None:
+        """Begins a POST. `message` is the whole request: `head`, the other header lines with content-length, the body.
 
         `done` is called exactly once, from the event loop, never from inside `post`, within `timeout_s` and a tick.
         """
-        message = b"%b%bcontent-length: %d\r\n\r\n%b" % (self._head, headers, len(body), body)
-        self._client.begin(Exchange(self, message, done), timeout_s)
+        self._client.begin(self, message, timeout_s, done)
 
     def probe(self, timeout_s: float, done: Done) -> None:
         """Resolves, connects and shakes hands on a connection of its own, sends nothing, and closes it.
 
         The answer has status 0; without a fault all steps went well, else `step` names the one that did not.
         """
-        self._client.begin(Exchange(self, b"", done), timeout_s)
+        self._client.begin(self, b"", timeout_s, done)
 
     def tls_context(self) -> ssl.SSLContext:
         """Raises ssl.SSLError where the client certificate cannot be used."""
@@ -123,15 +128,14 @@ class Target:
         while self.idle:
             self.idle[-1].close()
         if self.open:
-            if self._drained is None:
-                self._drained = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._drained)
+            if self.drained is None:
+                self.drained = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self.drained)
 
-    def ended(self) -> None:
-        """An exchange of this target is over."""
-        self.open -= 1
-        if not self.open and self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+    def emptied(self) -> None:
+        """Nothing is under way any more."""
+        if self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
 
 
 class HttpClient:
@@ -154,11 +158,12 @@ class HttpClient:
         self._max_idle = max_idle_connections
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
-        self._idle: OrderedDict[Connection, float] = OrderedDict()
-        self._connecting: OrderedDict[Connection, float] = OrderedDict()
-        # one ordered set of deadlines for each timeout: the front is always the next to expire
-        self._deadlines: dict[float, OrderedDict[Exchange, float]] = {}
+        # each in the order of its times, because what comes last expires last
+        self._idle: dict[Connection, float] = {}
+        self._connecting: dict[Connection, float] = {}
+        self._deadlines: dict[float, dict[Exchange, float]] = {}  # one dict for each timeout
         self._polling = False
+        self._polled_at = 0.0
         self._grave: list[socket.socket] = []
         self._ticking: asyncio.TimerHandle | None = None
         self._closed = False
@@ -193,34 +198,34 @@ class HttpClient:
 
     # ------------------------------------------------------------------ exchanges
 
-    def begin(self, exchange: Exchange, timeout_s: float) -> None:
-        target = exchange.target
-        target.open += 1
+    def begin(self, target: Target, message: bytes, timeout_s: float, done: Done) -> None:
         deadlines = self._deadlines.get(timeout_s)
         if deadlines is None:
-            deadlines = self._deadlines[timeout_s] = OrderedDict()
-        exchange.deadlines = deadlines
+            deadlines = self._deadlines[timeout_s] = {}
+        exchange = Exchange(target, message, done, deadlines)
         deadlines[exchange] = self.clock() + timeout_s
+        target.open += 1
         if self._ticking is None and not self._closed:
             self._ticking = self._loop.call_later(TICK_S, self._tick)
-        if target.closed or self._closed:
-            self._fail(exchange, "closed", "the destination is closed", "resolve")
-        elif target.idle and exchange.message:
+        if target.idle and message:  # so neither the target nor the client is closed
             connection = target.idle.pop()
             del self._idle[connection]
             connection.carry(exchange)
+        elif target.closed or self._closed:
+            self._fail(exchange, "closed", "the destination is closed", "resolve")
         else:
             self.connect(exchange)
 
     def finish(self, exchange: Exchange, answer: Answer) -> None:
         """From the event loop only: calls `done`."""
-        if exchange.over:
+        if exchange.deadlines.pop(exchange, None) is None:  # it is over already
             return
-        exchange.over = True
-        exchange.connection = None
-        del exchange.deadlines[exchange]
-        exchange.target.ended()
-        exchange.done(answer)
+        target = exchange.target
+        target.open -= 1
+        if not target.open and target.drained is not None:
+            target.emptied()
+        done = exchange.done
+        done(answer)
 
     def _fail(self, exchange: Exchange, fault: Fault, detail: str, step: Step) -> None:
         """Ends an exchange that has no connection; never at once, because `post` may still be on the stack."""
@@ -228,6 +233,8 @@ class HttpClient:
         self._loop.call_soon(self.finish, exchange, Answer(0, fault, detail, step=step))
 
     def _abort(self, exchange: Exchange, fault: Fault, detail: str) -> None:
+        if exchange.over:
+            return
         connection, step = exchange.connection, exchange.step
         if connection is not None:
             connection.exchange = None
@@ -324,9 +331,10 @@ class HttpClient:
     def keep(self, connection: Connection) -> None:
         """`connection` has nothing to do: the next request of its target finds it, for a while."""
         connection.target.idle.append(connection)
-        self._idle[connection] = self.clock()
-        if len(self._idle) > self._max_idle:
-            next(iter(self._idle)).close()
+        idle = self._idle
+        idle[connection] = self._polled_at
+        if len(idle) > self._max_idle:
+            next(iter(idle)).close()
 
     def release(self, connection: Connection, made: socket.socket) -> None:
         """Forgets a connection and closes its socket.
@@ -354,11 +362,13 @@ class HttpClient:
     def _ready(self) -> None:
         connections = self._connections
         self._polling = True
+        self._polled_at = self.clock()  # once for all connections that become idle in this round
         try:
             for fd, mask in self._epoll.poll(0, EVENTS_PER_POLL):
                 connection = connections.get(fd)
                 if connection is not None:
-                    connection.event(mask)
+                    event = connection.event
+                    event(mask)
         finally:
             self._polling = False
             while self._grave:
@@ -376,20 +386,21 @@ class HttpClient:
 
     def _expire(self, now: float) -> None:
         for deadlines in list(self._deadlines.values()):  # `done` may begin a request with a new timeout
-            while deadlines:
-                exchange = next(iter(deadlines))
-                if deadlines[exchange] > now:
-                    break
+            for exchange in _due(deadlines, now):
                 self._abort(exchange, "timeout", _LATE[exchange.step])
-        while self._connecting:
-            connection = next(iter(self._connecting))
-            if self._connecting[connection] > now:
-                break
+        for connection in _due(self._connecting, now):
             waiting = connection.exchange
             assert waiting is not None
             self.not_connected(connection, waiting, errno.ETIMEDOUT)
-        while self._idle:
-            connection = next(iter(self._idle))
-            if self._idle[connection] + IDLE_S > now:
-                break
+        for connection in _due(self._idle, now - IDLE_S):
             connection.close()
+
+
+def _due(times: dict[Waiting, float], now: float) -> list[Waiting]:
+    """Those whose time has come. `times` is in their order, so what is not due yet is not looked at."""
+    due = []
+    for waiting, at_s in times.items():
+        if at_s > now:
+            break
+        due.append(waiting)
+    return due

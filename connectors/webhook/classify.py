@@ -36,16 +36,18 @@ CODES: Final = {
 }
 
 MAX_RETRY_AFTER_S: Final = 10 * 366 * 86400.0
+# What most receivers answer: an outcome is frozen, so one of each serves all.
+_WITHOUT_BODY: Final = {status: delivered(status=status) for status in range(200, 300)}
 
 
 def classify(answer: Answer, at_ms: int, retry_also: Set[int]) -> Outcome:
     """`at_ms` is the clock of the attempt, from which a Retry-After date is counted; it began before the answer came,
     so the wait is never shorter than what was asked for."""
-    if answer.fault:
-        return _fault(answer)
     status = answer.status
     if 200 <= status < 300:
-        return delivered(status=status, answer=answer.excerpt)
+        return delivered(status=status, answer=answer.excerpt) if answer.excerpt else _WITHOUT_BODY[status]
+    if answer.fault:
+        return _fault(answer)
     code, fault, again = _meaning(status)
     detail = f"the receiver answered {status}"
     if status in retry_also and not again:

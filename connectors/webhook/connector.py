@@ -24,7 +24,7 @@ _STEPS: Final = ("resolve", "connect", "tls")
 class WebhookConnector:
     """A `Direct` connector. Holds nothing but its head, its keys and its target: thousands of idle ones stay small."""
 
-    __slots__ = ("_fixed", "_retry_also", "_signer", "_target", "_timeout_s")
+    __slots__ = ("_retry_also", "_signer", "_signs", "_start", "_target", "_timeout_s")
 
     batching = _BATCHING
 
@@ -37,7 +37,9 @@ class WebhookConnector:
         self._target = egress.http.target(tenant, options.place, identity)
         self._timeout_s = options.timeout_s
         self._retry_also = retry_also
-        self._fixed = encode.fixed_headers({name: v.get_secret_value() for name, v in secrets.headers.items()})
+        custom = {name: value.get_secret_value() for name, value in secrets.headers.items()}
+        self._start = self._target.head + encode.fixed_headers(custom)
+        self._signs = bool(secrets.signing)
         self._signer = encode.Signer([signing_key(secret.get_secret_value()) for secret in secrets.signing])
 
     async def open(self) -> None:
@@ -45,16 +47,15 @@ class WebhookConnector:
 
     def start(self, delivery: Delivery, at_ms: int, done: Callable[[Outcome], None]) -> None:
         """Begins one attempt. `done` is called once, from the event loop, never from inside `start`."""
-        if not self._signer.live:  # a fault of ours: a secret is made where none is given
+        if not self._signs:  # a fault of ours: a secret is made where none is given
             asyncio.get_running_loop().call_soon(done, retry("platform", "unsigned", "no live signing secret"))
             return
-        content = encode.body(delivery.event)
-        headers = encode.headers(self._fixed, self._signer, delivery.id, delivery.attempt + 1, at_ms, content)
+        message = encode.message(self._start, self._signer, delivery, at_ms)
 
         def answered(answer: Answer) -> None:
             done(classify(answer, at_ms, self._retry_also))
 
-        self._target.post(headers, content, self._timeout_s, answered)
+        self._target.post(message, self._timeout_s, answered)
 
     async def deliver(self, batch: Batch) -> Mapping[DeliveryId, Outcome]:
         """The same through a future for each delivery, for those who have no lane."""

@@ -38,7 +38,7 @@ def begin(target: Target, body: bytes = b"{}", timeout_s: float = 5.0) -> "async
         assert not inside
         waiter.set_result(answer)
 
-    target.post(HEADERS, body, timeout_s, done)
+    target.post(b"%b%bcontent-length: %d\r\n\r\n%b" % (target.head, HEADERS, len(body), body), timeout_s, done)
     inside = False
     return waiter
 

@@ -172,6 +172,98 @@ async def test_a_body_larger_than_every_buffer_arrives_whole(egress: Egress) -> 
         assert receiver.connections == 1
 
 
+HEAD_OF_OK, BODY_OF_OK = OK[:-2], OK[-2:]
+BUSY = b"HTTP/1.1 503 Busy\r\nretry-after: 7\r\ncontent-length: 2\r\n\r\nno"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "kept"),
+    [
+        ([OK], 200, True),
+        ([HEAD_OF_OK, BODY_OF_OK], 200, True),
+        ([b"HTTP/1.1 100 Continue\r\n\r\n", OK], 200, True),
+        ([b"\r\n", OK], 200, True),
+        ([OK + b"H"], 200, False),
+        ([OK + OK], 200, False),
+        ([OK.replace(b"200", b"201")], 201, True),
+        ([b"HTTP/1.0" + OK[8:]], 200, False),
+        ([BUSY], 503, True),
+        ([b"H", OK], 0, False),
+        ([HEAD_OF_OK[:-2] + b"x: ", OK], 0, False),
+    ],
+)
+async def test_what_comes_after_answers_that_were_all_the_same_is_read_for_itself(
+    egress: Egress, pieces: list[bytes], status: int, kept: bool
+) -> None:
+    """The client remembers the bytes of the last answer and what they meant: only where all of it is the same again."""
+
+    async def script(peer: Peer) -> None:
+        for answer in [[OK], [OK], [OK], pieces, [OK], [BUSY], [BUSY], [BUSY], [OK]]:
+            await peer.request()
+            for piece in answer:
+                await peer.send(piece)
+                await asyncio.sleep(0.02)
+
+    async with Receiver(script) as receiver:
+        target = aim(egress, f"http://127.0.0.1:{receiver.port}/")
+        for number in range(3):
+            got = await post(target)
+            assert (got.status, got.excerpt, got.reused) == (200, b"ok", number > 0)
+        got = await post(target)
+        assert (got.status, got.retry_after) == (status, "7" if status == 503 else "")
+        assert got.excerpt == {0: b"", 503: b"no"}.get(status, got.excerpt)
+        await asyncio.sleep(0.05)
+        assert egress.http.connections == kept
+        if kept:
+            rest = [await post(target) for _ in range(5)]
+            assert [answer.status for answer in rest] == [200, 503, 503, 503, 200]
+            assert [answer.retry_after for answer in rest] == ["", "7", "7", "7", ""]
+            assert receiver.connections == 1
+
+
+async def test_a_repeated_answer_that_comes_before_the_whole_request_is_sent_still_ends_its_connection(
+    egress: Egress,
+) -> None:
+    async def script(peer: Peer) -> None:
+        for _ in range(3):
+            await peer.request()
+            await peer.send(OK)
+        await peer.reader.readuntil(b"\r\n\r\n")
+        await peer.send(OK)
+        await peer.gone()
+
+    async with Receiver(script) as receiver:
+        target = aim(egress, f"http://127.0.0.1:{receiver.port}/")
+        for _ in range(3):
+            await post(target)
+        assert (await post(target, b"x" * 20_000_000)).status == 200
+        assert egress.http.connections == 0
+
+
+async def test_a_repeated_answer_to_a_closing_target_still_ends_its_connection(egress: Egress) -> None:
+    async def script(peer: Peer) -> None:
+        for _ in range(3):
+            await peer.request()
+            await peer.send(OK)
+        await peer.request()
+        await answer.wait()
+        await peer.send(OK)
+        await peer.gone()
+
+    answer = asyncio.Event()
+    async with Receiver(script) as receiver:
+        target = aim(egress, f"http://127.0.0.1:{receiver.port}/")
+        for _ in range(3):
+            await post(target)
+        waiting = begin(target)
+        closing = asyncio.create_task(target.close())
+        await asyncio.sleep(0)
+        answer.set()
+        await closing
+        assert (await waiting).status == 200
+        assert egress.http.connections == 0
+
+
 # ---------------------------------------------------------------- kept connections that died
 
 
@@ -331,9 +423,9 @@ async def test_a_request_may_be_begun_where_another_ended_at_its_timeout(egress:
             if len(faults) == 3:
                 ended.set()
             else:
-                target.post(b"", b"", 0.1 + len(faults) / 100, again)
+                target.post(target.head + b"\r\n", 0.1 + len(faults) / 100, again)
 
-        target.post(b"", b"", 0.1, again)
+        target.post(target.head + b"\r\n", 0.1, again)
         await ended.wait()
         assert faults == ["timeout"] * 3
 
