@@ -40,7 +40,7 @@ def _event(number: int, raw: bytes) -> Event | str:
         tenant = ExternalId(_decode_named(raw).customerExternalId)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
         return str(fault)[:300]
-    event = decode_event(raw, tenant, f"line-{number}", int(time() * 1000), _MAX_LINE_BYTES)
+    event = decode_event(raw, tenant, "line-", number, int(time() * 1000), _MAX_LINE_BYTES)
     return event.detail if isinstance(event, Problem) else event
 
 

@@ -71,7 +71,7 @@ def read_line(number: int, raw: bytes, tenant: ExternalId | None, max_bytes: int
             return BadLine(number, "field customerExternalId: is missing; add it, or name the tenant with --tenant")
         if (problem := external_id_problem(key)) is not None:
             return BadLine(number, f"field customerExternalId: {problem}")
-    event = decode_event(value, key, f"line-{number}", int(time() * 1000), max_bytes)
+    event = decode_event(value, key, "line-", number, int(time() * 1000), max_bytes)
     if isinstance(event, Problem):
         if event.code == "key_mismatch":
             return BadLine(number, "field customerExternalId: differs from --tenant")

@@ -15,7 +15,7 @@ from routing.redact import Path, Redaction, parse_path, redaction
 from schemas.attempt import RouteVerdict
 from schemas.control import RouteRecord
 from schemas.event import MAX_TYPE_CHARACTERS, Event
-from schemas.ids import DestinationId, RouteId
+from schemas.ids import DestinationId, RouteId, parts
 
 # event types come from producers: what is remembered of them is bounded, per tenant
 MAX_REMEMBERED_TYPES: Final = 256
@@ -89,11 +89,17 @@ def compile_route(record: RouteRecord) -> Route:
 
 
 class Matched(Struct, frozen=True):
-    """One delivery to make: a destination, the routes that led there, and what all of them take out together."""
+    """One delivery to make: a destination, the routes that led there, and what all of them take out together.
+
+    Made once for many events, so it also holds what would else be made for each: `route_ids`, the routes separated by
+    commas, and `destination_part`, the destination as the last part of a delivery's hash (`ids.delivery_id`).
+    """
 
     destination: DestinationId
     routes: tuple[RouteId, ...]
     redaction: Redaction | None
+    route_ids: str
+    destination_part: bytes
 
 
 class Matching(Struct, frozen=True):
@@ -173,6 +179,8 @@ class _Plan:
                 destination,
                 tuple(route.id for route in routes),
                 redaction(path for route in routes for path in route.redact),
+                ",".join(route.id for route in routes),
+                parts(destination),
             )
             for destination, routes in by_destination.items()
         )

@@ -58,26 +58,27 @@ def rfc3339(at_ms: int) -> str:
     return f"{datetime.utcfromtimestamp(seconds).isoformat()}.{millis:03d}Z"
 
 
-def _occurred_at_problem(text: str) -> Problem | None:
+def _is_rfc3339(text: str) -> bool:
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
-        at = None
-    if at is None or at.tzinfo is None or len(text) < 20 or text[10] not in "Tt ":
-        return Problem("malformed", "field occurredAt: not an RFC 3339 time with a zone, such as 2026-11-21T09:30:00Z")
-    return None
+        return False
+    return at.tzinfo is not None and len(text) >= 20 and text[10] in "Tt "
 
 
-def decode_event(value: bytes, tenant: ExternalId, position: str, appended_ms: int, max_bytes: int) -> Event | Problem:
+def decode_event(
+    value: bytes, tenant: ExternalId, place: str, offset: int, appended_ms: int, max_bytes: int
+) -> Event | Problem:
     """The event that a record of ingress holds, its defaults filled, or why it holds none.
 
-    `position` is the default event id (`ids.default_event_id`); `appended_ms` the record's timestamp; `max_bytes`
-    bounds the canonical form. Raises nothing for any input.
+    `place` is the default event id (`ids.default_event_id`) without the offset that ends it; `appended_ms` the
+    record's timestamp; `max_bytes` bounds the canonical form. Raises nothing for any input.
     """
     if not value:
         return Problem("malformed", "the record has no value")
     try:
-        str(value, "utf-8")  # a Raw field is skipped, not decoded: its text would go on unchecked
+        if not value.isascii():
+            str(value, "utf-8")  # a Raw field is skipped, not decoded: its text would go on unchecked
         event = _decode(value)
     except UnicodeDecodeError as fault:
         return Problem("malformed", f"not UTF-8 at byte {fault.start}")
@@ -94,21 +95,20 @@ def decode_event(value: bytes, tenant: ExternalId, position: str, appended_ms: i
     event_type = event.eventType
     if not 0 < len(event_type) <= MAX_TYPE_CHARACTERS or not event_type.isprintable():
         return Problem("malformed", f"field eventType: must be 1 to {MAX_TYPE_CHARACTERS} printable characters")
-    if not event.eventId:
-        event.eventId = position
+    event_id = event.eventId
+    if not event_id:
+        event_id = event.eventId = f"{place}{offset}"
     if not event.idempotencyKey:
-        event.idempotencyKey = event.eventId
-    if event.occurredAt:
-        problem = _occurred_at_problem(event.occurredAt)
-        if problem is not None:
-            return problem
-    else:
+        event.idempotencyKey = event_id
+    if not event.occurredAt:
         event.occurredAt = rfc3339(appended_ms)
-    if len(event.eventId) > MAX_FIELD_CHARACTERS or len(event.idempotencyKey) > MAX_FIELD_CHARACTERS:
+    elif not _is_rfc3339(event.occurredAt):
+        return Problem("malformed", "field occurredAt: not an RFC 3339 time with a zone, such as 2026-11-21T09:30:00Z")
+    if len(event_id) > MAX_FIELD_CHARACTERS or len(event.idempotencyKey) > MAX_FIELD_CHARACTERS:
         return Problem("malformed", f"field eventId or idempotencyKey: more than {MAX_FIELD_CHARACTERS} characters")
-    if not event.eventId.isprintable():
+    if not event_id.isprintable():
         return Problem("malformed", "field eventId: holds a character that is not printable")
-    if event.metadata is not EMPTY_OBJECT and bytes(event.metadata)[:1] != b"{":
+    if event.metadata is not EMPTY_OBJECT and not bytes(event.metadata).startswith(b"{"):
         return Problem("malformed", "field metadata: must be an object")
     if event.schemaVersion < 1:
         return Problem("malformed", "field schemaVersion: must be 1 or more")

@@ -4,9 +4,9 @@ Owns every id's spelling. All hashes are BLAKE2b with 128 bits over length-prefi
 different tuples of texts share an input; they are written as 26 characters of lower-case base32.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Final, NewType
 from urllib.parse import quote, unquote
 
@@ -81,7 +81,7 @@ def parts(*texts: str) -> bytes:
 
 def digest(data: bytes) -> bytes:
     """128 bits of BLAKE2b."""
-    return hashlib.blake2b(data, digest_size=16).digest()
+    return blake2b(data, digest_size=16).digest()
 
 
 def default_slug(external_id: str) -> Slug:
@@ -155,13 +155,15 @@ def delivery_id(tenant: TenantRef, event_type: str, idempotency_key: str, destin
 
 def attempt_digest(delivery: DeliveryId, attempt: int, replay: str) -> bytes:
     """What names an attempt: the same for a repeat of the same record."""
-    number = str(attempt)
-    return digest(f"{len(delivery)}:{delivery}{len(number)}:{number}{len(replay)}:{replay}".encode())
+    if attempt < 10 and not replay:  # the same bytes as below, made faster
+        return blake2b(b"%d:%b1:%d0:" % (len(delivery), delivery.encode(), attempt), digest_size=16).digest()
+    return digest(parts(delivery, str(attempt), replay))
 
 
-def default_event_id(topic: str, topic_id8: str, partition: int, offset: int) -> EventId:
+def default_event_id(topic: str, topic_id8: str, partition: int, offset: int | str) -> EventId:
     """The id of an event that brought none: its place in the log, which a redelivery shares.
 
-    `topic_id8` is the first 8 hex digits of the topic's id, so that a topic made anew does not repeat ids.
+    `topic_id8` is the first 8 hex digits of the topic's id, so that a topic made anew does not repeat ids. With an
+    empty text as `offset`, what all ids of the partition begin with.
     """
     return EventId(f"{topic}-{topic_id8}-{partition}-{offset}")

@@ -38,7 +38,6 @@ class CompiledTenant:
         "_lanes",
         "_metrics",
         "_own",
-        "_successor",
         "can_seal",
         "config_version",
         "destinations",
@@ -47,8 +46,10 @@ class CompiledTenant:
         "named_types",
         "prefix",
         "ref",
+        "routes_events",
         "space",
         "state",
+        "successor",
         "table",
         "tag",
         "tenant",
@@ -70,6 +71,7 @@ class CompiledTenant:
         self.state = tenant.state
         self.vault = tenant.vault
         self.can_seal = tenant.vault.can_seal
+        self.routes_events = tenant.state == "active" and self.can_seal
         self.config_version = tenant.config_version
         self.log_events = tenant.payload_mode != "private"
         self.destinations = tenant.destinations if tenant.state == "active" else {}
@@ -87,16 +89,16 @@ class CompiledTenant:
             lanes.reconfigure(lane, self, destination)
             if destination is not None:
                 self._own[name] = lane
-        self._successor: CompiledTenant | None = None
+        self.successor: CompiledTenant | None = None
         if before is not None:
-            before._successor = self
+            before.successor = self
 
     def newest(self) -> "CompiledTenant":
         """What the tenant is by now: for whoever held it over an await. A lane made by an old one would serve nobody
         else, and would never hear of a change."""
         found = self
-        while found._successor is not None:
-            found = found._successor
+        while found.successor is not None:
+            found = found.successor
         return found
 
     def lane(self, destination: DestinationId) -> Lane | None:

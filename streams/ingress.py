@@ -8,7 +8,7 @@ section 3). Nothing raises out of the agent: what surprises us goes to `dlq.unro
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from typing import Final
@@ -19,7 +19,7 @@ from msgspec import Struct
 from routing.match import Matching
 from schemas.attempt import PURPOSE_EVENT, EventRecord, encode_record
 from schemas.delivery import Delivery
-from schemas.event import Event, Problem, canonical, correlation_id, decode_event
+from schemas.event import Event, Problem, canonical, correlation_id, decode_event, rfc3339
 from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
 from streams.compiled import CompiledTenant, Tenants, Unknowns
 from streams.flight import Fan, Flight, Shared
@@ -27,12 +27,12 @@ from streams.lanes import Lanes
 from streams.ledger import Ledger
 from streams.metrics import Metrics, bump
 from streams.outbox import RawHeaders
-from streams.settle import Clock, Settle
+from streams.settle import Settle
 from streams.transport import Consumer, Fetch, Record
 
 log = structlog.get_logger()
 
-ROUND_RECORDS: Final = 300
+ROUND_RECORDS: Final = 600
 ROUND_BYTES: Final = 4 * 2**20
 NEW: Final = ord("1")
 STALE: Final = ord("s")
@@ -40,15 +40,20 @@ DONE: Final = ord("d")
 
 
 class Lot(Struct, gc=False):
-    """The records of one fetch of one partition, on their way through a round."""
+    """The records of one fetch of one partition, on their way through a round.
+
+    `place`, `position` and `origin` are what a record's default event id, its position in the dedupe and its `origin`
+    begin with; its offset ends them.
+    """
 
     vendor: Vendor
-    topic: str
-    topic_id8: str
-    partition: int
     fan: Fan
     records: Sequence[Record]
     size: int  # bytes of their values
+    place: str
+    position: str
+    origin: str
+    tenants: Mapping[bytes, CompiledTenant]  # of the vendor, by record key; kept up to date
 
 
 class _Routed(Struct, gc=False):
@@ -57,9 +62,7 @@ class _Routed(Struct, gc=False):
     tenant: CompiledTenant
     event: Event
     lot: Lot
-    offset: int
-    appended_ms: int
-    size: int
+    record: Record
     matching: Matching
 
 
@@ -96,7 +99,6 @@ class Router:
         self._inbox: deque[Lot] = deque()
         self._waiting = 0
         self._waiting_bytes = 0
-        self._clock = Clock()
         self._some = asyncio.Event()
         self._space = asyncio.Event()
         self._unknown: Unknowns[tuple[Lot, Record]] = Unknowns(tenants, self._asked, max_unknown_bytes)
@@ -114,7 +116,17 @@ class Router:
         fan = Fan(partial(self._consumer.settled, source))
         topic = source.topic
         size = sum([len(record.value) for record in records if record.value is not None])
-        lot = Lot(self._vendors[topic], topic, self._topic_ids[topic], source.partition, fan, records, size)
+        vendor, topic_id8, partition = self._vendors[topic], self._topic_ids[topic], source.partition
+        lot = Lot(
+            vendor,
+            fan,
+            records,
+            size,
+            place=default_event_id(topic, topic_id8, partition, ""),
+            position=f"{topic_id8}-{partition}-",
+            origin=f"{topic}/{partition}/",
+            tenants=self._tenants.of_vendor(vendor),
+        )
         self._inbox.append(lot)
         self._waiting += len(records)
         self._waiting_bytes += size
@@ -156,9 +168,7 @@ class Router:
             try:
                 self._route(lot, record, routed, digests, asked)
             except Exception as fault:  # the poison guard: whatever a record provokes, it is kept and the rest go on
-                log.error(
-                    "poison", topic=lot.topic, partition=lot.partition, offset=record.offset, fault=type(fault).__name__
-                )
+                log.error("poison", origin=f"{lot.origin}{record.offset}", fault=type(fault).__name__)
                 self._unrouted(lot, record, "malformed", f"could not be routed: {type(fault).__name__}")
         if not routed:
             return
@@ -170,7 +180,7 @@ class Router:
         for item in routed:
             space = item.tenant.space
             event_keys.append(f"{space}e{names[at]}")
-            positions.append(f"{item.lot.topic_id8}-{item.lot.partition}-{item.offset}")
+            positions.append(f"{item.lot.position}{item.record.offset}")
             at += 1
             for _ in item.matching.matched:
                 delivery_keys.append(f"{space}dlv_{names[at]}")
@@ -178,22 +188,17 @@ class Router:
         answers = await self._ledger.ask(event_keys, positions, delivery_keys, [0] * len(delivery_keys))
         clean = answers is None or answers.clean
         now = time.monotonic()
+        now_text = rfc3339(int(time.time() * 1000))
         at = first = 0
         for place, item in enumerate(routed):
-            event_name = names[at]
             count = len(item.matching.matched)
             if not clean and answers is not None and answers.events[place] != NEW:
                 bump(item.tenant.event_counts, "duplicate")
-                item.lot.fan.settled((item.offset,))
+                item.lot.fan.settled((item.record.offset,))
             else:
-                answered = b"" if clean or answers is None else answers.deliveries[first : first + count]
+                told = b"" if clean or answers is None else answers.deliveries[first : first + count]
                 self._dispatch(
-                    item,
-                    event_name,
-                    names[at + 1 : at + 1 + count],
-                    delivery_keys[first : first + count],
-                    answered,
-                    now,
+                    item, names[at : at + 1 + count], delivery_keys[first : first + count], told, now, now_text
                 )
             at += 1 + count
             first += count
@@ -202,35 +207,13 @@ class Router:
 
     def _route(self, lot: Lot, record: Record, routed: list[_Routed], digests: list[bytes], asked: bool) -> None:
         """Decodes and matches one record; or ends it as unrouted, dropped or to be asked about."""
-        key = record.key
-        if key is None:
-            return self._unrouted(
-                lot, record, "key_missing", "the record has no key: it must be the customerExternalId"
-            )
-        tenant = self._tenants.of_vendor(lot.vendor).get(key)
-        if tenant is None or tenant.state in ("removed", "deleted"):
-            if not asked:
-                self._unknown.add((lot, record), len(record.value or b""))
-                return None
-            return self._unrouted(lot, record, "unknown_tenant", "no tenant has this customerExternalId")
-        if tenant.state == "deleting":
-            bump(tenant.event_counts, "tenant_deleted")
-            bump(self._metrics.meter(tenant.ref, tenant.tag, "").dropped, "tenant_deleted")
-            lot.fan.settled((record.offset,))
-            return None
-        if not tenant.can_seal:  # nothing of it could be parked or logged
-            if not asked:
-                self._unknown.add((lot, record), len(record.value or b""))
-                return None
-            return self._unrouted(
-                lot, record, "unsealable", "the tenant's data key is gone: apply it again for a new one"
-            )
+        tenant = lot.tenants.get(record.key)  # type: ignore[arg-type]  # no tenant has the key None
         value = record.value
-        if value is None:
-            return self._unrouted(lot, record, "malformed", "the record has no value")
-        offset = record.offset
-        position = default_event_id(lot.topic, lot.topic_id8, lot.partition, offset)
-        event = decode_event(value, tenant.ref.tenant, position, record.timestamp, self._max_event_bytes)
+        if tenant is None or value is None or not tenant.routes_events:
+            return self._not_routable(lot, record, tenant, asked)
+        event = decode_event(
+            value, tenant.ref.tenant, lot.place, record.offset, record.timestamp, self._max_event_bytes
+        )
         if isinstance(event, Problem):
             return self._unrouted(lot, record, event.code, event.detail)
         matching = tenant.table.match(event)
@@ -241,52 +224,92 @@ class Router:
         digests.append(hashed.digest())
         for match in matching.matched:
             of_delivery = hashed.copy()
-            name = match.destination
-            of_delivery.update(b"%d:%b" % (len(name), name.encode()))
+            of_delivery.update(match.destination_part)
             digests.append(of_delivery.digest())
-        routed.append(_Routed(tenant, event, lot, offset, record.timestamp, len(value), matching))
+        routed.append(_Routed(tenant, event, lot, record, matching))
         return None
+
+    def _not_routable(self, lot: Lot, record: Record, tenant: CompiledTenant | None, asked: bool) -> None:
+        """What has no tenant that its events can be routed for now, or nothing to be routed."""
+        if record.key is None:
+            detail = "the record has no key: it must be the customerExternalId"
+            self._unrouted(lot, record, "key_missing", detail)
+        elif tenant is None or tenant.state in ("removed", "deleted"):
+            if asked:
+                self._unrouted(lot, record, "unknown_tenant", "no tenant has this customerExternalId")
+            else:
+                self._unknown.add((lot, record), len(record.value or b""))
+        elif tenant.state == "deleting":
+            bump(tenant.event_counts, "tenant_deleted")
+            bump(self._metrics.meter(tenant.ref, tenant.tag, "").dropped, "tenant_deleted")
+            lot.fan.settled((record.offset,))
+        elif not tenant.can_seal:  # nothing of it could be parked or logged
+            if asked:
+                detail = "the tenant's data key is gone: apply it again for a new one"
+                self._unrouted(lot, record, "unsealable", detail)
+            else:
+                self._unknown.add((lot, record), len(record.value or b""))
+        else:
+            self._unrouted(lot, record, "malformed", "the record has no value")
 
     def _dispatch(
         self,
         item: _Routed,
-        event_name: str,
         names: Sequence[str],
         ledger_keys: Sequence[str],
         answers: bytes,
         now: float,
+        now_text: str,
     ) -> None:
-        tenant, event, lot, offset = item.tenant, item.event, item.lot, item.offset
-        bump(tenant.event_counts, "routed" if names else "unmatched")
-        origin = f"{lot.topic}/{lot.partition}/{offset}"
-        hidden = item.matching.hidden
-        shown = event if hidden is None else hidden.apply(event)
+        """Writes the event's own record, and hands its deliveries to their lanes.
+
+        `names`: the event's, then its deliveries'. `answers`: the ledger's for each, empty where all may go on.
+        """
+        tenant, event, lot, record, matching = item.tenant, item.event, item.lot, item.record, item.matching
+        matched = matching.matched
+        count = len(matched)
+        offset = record.offset
+        counts = tenant.event_counts
+        result = "routed" if matched else "unmatched"
+        counts[result] = counts.get(result, 0) + 1
+        origin = f"{lot.origin}{offset}"
+        shown = event if matching.hidden is None else matching.hidden.apply(event)
         correlation = correlation_id(shown)  # it goes unsealed into records and logs
         self._settle.routed(
             lot.vendor,
             tenant.ref.tenant,
-            self._event_record(item, shown, event_name, names, origin, correlation),
-            None if names else lot.fan,
+            self._event_record(item, shown, names, origin, correlation, now_text),
+            None if matched else lot.fan,
             offset,
         )
-        lot.fan.expect(offset, len(names))
-        shared = Shared() if len(names) > 1 else None
-        newest = tenant.newest()  # it may have changed while Redis was asked
-        for place, match in enumerate(item.matching.matched):
-            name = DeliveryId("dlv_" + names[place])
-            lane = newest.lane(match.destination) or newest.grave(match.destination)
+        shared = None
+        if count > 1:
+            lot.fan.expect(offset, count)
+            shared = Shared()
+        newest = tenant if tenant.successor is None else tenant.newest()  # it may have changed while Redis was asked
+        size = len(record.value or b"")
+        for place, match in enumerate(matched):
+            name = DeliveryId("dlv_" + names[place + 1])
             delivery = Delivery(
                 tenant.ref,
                 match.destination,
                 name,
                 match.redaction.apply(event) if match.redaction is not None else event,
                 origin,
-                item.appended_ms,
-                item.size,
-                ",".join(match.routes),
+                record.timestamp,
+                size,
+                match.route_ids,
                 correlation,
             )
-            flight = Flight(delivery, lane, lot.fan, offset, name, ledger_keys[place], item.size // len(names))
+            flight = Flight(
+                delivery,
+                newest.lane(match.destination) or newest.grave(match.destination),
+                lot.fan,
+                offset,
+                name,
+                ledger_keys[place],
+                size // count,
+            )
             if match.redaction is None:
                 flight.shared = shared
             if answers and answers[place] == DONE:
@@ -299,27 +322,32 @@ class Router:
                 self._lanes.admit(flight, now)
 
     def _event_record(
-        self, item: _Routed, event: Event, event_name: str, names: Sequence[str], origin: str, correlation: str
+        self, item: _Routed, event: Event, names: Sequence[str], origin: str, correlation: str, now_text: str
     ) -> bytes:
         tenant = item.tenant
-        ident = "evt_" + event_name
-        record = EventRecord(
-            ident,
-            tenant.ref.vendor,
-            tenant.ref.tenant,
-            event.eventId,
-            event.eventType,
-            self._clock.text(int(time.time() * 1000)),
-            origin,
-            self._worker,
-            correlation,
-            tenant.config_version,
-            item.matching.verdicts,
-            {match.destination: "dlv_" + name for match, name in zip(item.matching.matched, names, strict=True)},
+        ref = tenant.ref
+        ident = "evt_" + names[0]
+        deliveries: dict[str, str] = {}
+        for place, match in enumerate(item.matching.matched, 1):
+            deliveries[match.destination] = "dlv_" + names[place]
+        sealed = tenant.vault.seal(PURPOSE_EVENT, "", ident, canonical(event)) if tenant.log_events else None
+        return encode_record(
+            EventRecord(
+                ident,
+                ref.vendor,
+                ref.tenant,
+                event.eventId,
+                event.eventType,
+                now_text,
+                origin,
+                self._worker,
+                correlation,
+                tenant.config_version,
+                item.matching.verdicts,
+                deliveries,
+                sealed,
+            )
         )
-        if tenant.log_events:
-            record.sealed = tenant.vault.seal(PURPOSE_EVENT, "", ident, canonical(event))
-        return encode_record(record)
 
     # ---------------------------------------------------------------- what cannot be routed
 
@@ -331,7 +359,7 @@ class Router:
             record.key,
             record.value,
             headers,
-            origin=f"{lot.topic}/{lot.partition}/{record.offset}",
+            origin=f"{lot.origin}{record.offset}",
             reason=reason,
             detail=detail,
             source=lot.fan,

@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
@@ -41,8 +41,9 @@ BACKED_UP_S: Final = 1.0  # a lane whose head is older is slower than what comes
 BACKED_UP_BOUND: Final = 64  # and holds no more than this many
 QUEUE_BOUND: Final = 4096
 # In lanes that keep up a second's worth of this worker's work may wait: beyond, the worker itself is the bottleneck and
-# fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s.
-MOST_QUEUED: Final = 3000
+# fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s; and no
+# more than the processor's cache holds: what lies longer between routing and sending is fetched from memory again.
+MOST_QUEUED: Final = 1000
 LEAST_QUEUED: Final = 300
 PACE_WEIGHT: Final = 0.1  # of the last tick, in the moving average of ended attempts a second
 ENOUGH_QUEUED_SHARE: Final = 0.25  # the same in bytes, as a part of the memory budget
@@ -100,12 +101,12 @@ class Lane:
         self.done_rate = 0.0
         self.closed_until = 0.0
         self.breaker = Breaker()
-        self.connector: Connector | None = None
+        self.connector: Direct | None = None
         self.secrets_until_ms = 0
         self.removed = False
         self.configure(owner, destination)
 
-    def configure(self, owner: "CompiledTenant", destination: Destination) -> Connector | None:
+    def configure(self, owner: "CompiledTenant", destination: Destination) -> Direct | None:
         """Takes on a new configuration; returns the connector that it replaces, for the caller to close."""
         old = self.connector if self.connector is not None and destination.record != self.record else None
         if old is not None:
@@ -227,11 +228,11 @@ class Lanes:
             self._settle.park(flight, "breaker", _wall_ms(lane.breaker.open_until - now))
             return
         queue = lane.queue
-        if queue and len(queue) >= (BACKED_UP_BOUND if lane.backed_up else QUEUE_BOUND):
-            self._park_for_room(flight)
-            return
         if not queue:
             self._waiting[lane] = None
+        elif len(queue) >= (BACKED_UP_BOUND if lane.backed_up else QUEUE_BOUND):
+            self._park_for_room(flight)
+            return
         flight.queued_at = now
         queue.append(flight)
         lane.queued_bytes += flight.weight
@@ -256,16 +257,18 @@ class Lanes:
                 return
         self.held_bytes += flight.delivery.size
 
-    def release(self, flight: Flight) -> None:
-        """Settled: nothing of it is held any more."""
-        if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]
-        shared = flight.shared
-        if shared is not None:
-            shared.holders -= 1
-            if shared.holders:
-                return
-        self.held_bytes -= flight.delivery.size
+    def release(self, settled: Sequence[Flight]) -> None:
+        """Nothing of these is held any more."""
+        flights = self._flights
+        for flight in settled:
+            if flights.get(flight.key) is flight:
+                del flights[flight.key]
+            shared = flight.shared
+            if shared is not None:
+                shared.holders -= 1
+                if shared.holders:
+                    continue
+            self.held_bytes -= flight.delivery.size
 
     def _turn_away(self, flight: Flight) -> None:
         """No attempt: the destination takes nothing now, or never will."""
@@ -337,53 +340,49 @@ class Lanes:
         now = time.monotonic()
         at_ms = int(time.time() * 1000)
         while ring and share.has_room():
-            lane = ring[0]
-            queue = lane.queue
-            seat = lane.seat
-            if not queue or seat.in_flight >= lane.record.limits.in_flight:
-                ring.popleft()
+            lane = ring.popleft()
+            queue, seat = lane.queue, lane.seat
+            in_flight = lane.record.limits.in_flight
+            if not queue or seat.in_flight >= in_flight:
                 lane.ready = False
                 continue
             if not share.may_start(seat, queue[0].delivery.size):
-                ring.popleft()
                 if seat.in_flight:
                     lane.ready = False  # the end of one of its own brings it back
                 else:
                     self._denied.append(lane)
                 continue
             if lane.rate is not None and not lane.rate.take(now):
-                ring.popleft()
                 self._rated.append(lane)
                 continue
             if not lane.breaker.take(now):
-                ring.popleft()
                 lane.ready = False
                 until_ms = _wall_ms(lane.breaker.open_until - now)
                 for flight in self._take_all(lane):
                     self._settle.park(flight, "breaker", until_ms)
                 continue
-            ring.popleft()
-            flight = self._take_head(lane)
-            self._start(lane, flight, now, at_ms)
-            if queue and seat.in_flight < lane.record.limits.in_flight:
+            self._start(lane, self._take_head(lane), now, at_ms)
+            if queue and seat.in_flight < in_flight:
                 ring.append(lane)
             else:
                 lane.ready = False
 
     def _start(self, lane: Lane, flight: Flight, now: float, at_ms: int) -> None:
-        self._share.started(lane.seat, flight.delivery.size)
-        self.held_bytes += flight.delivery.size  # the request is a copy
+        size = flight.delivery.size
+        self._share.started(lane.seat, size)
+        self.held_bytes += size  # the request is a copy
         flight.started_at = now
         flight.version = lane.record.version
         self._young[id(flight)] = flight
         if lane.connector is None or (lane.secrets_until_ms and at_ms >= lane.secrets_until_ms):
             self._close(lane.connector)
-            lane.connector = connected(flight.delivery, partial(self._connect, lane, at_ms))
+            made = connected(flight.delivery, partial(self._connect, lane, at_ms))
+            lane.connector = cast(Direct | None, made)  # every kind that is fed by lanes is one
         done = partial(self._ended, flight)
         if lane.connector is None:
             self._loop.call_soon(done, NOT_CONNECTED)
         else:
-            start_direct(cast(Direct, lane.connector), flight.delivery, at_ms, done)
+            start_direct(lane.connector, flight.delivery, at_ms, done)
 
     def _connect(self, lane: Lane, at_ms: int) -> Connector:
         spec = KINDS[lane.record.type]
@@ -393,10 +392,7 @@ class Lanes:
         lane.secrets_until_ms = min(ends, default=0)
         options = spec.options.model_validate(json.loads(bytes(lane.record.options)))
         secrets = spec.secrets.model_validate(assemble(opened))
-        lane.connector = spec.connect(
-            lane.owner.ref, lane.id, options, secrets, self._egress, frozenset(lane.record.retry.also)
-        )
-        return lane.connector
+        return spec.connect(lane.owner.ref, lane.id, options, secrets, self._egress, frozenset(lane.record.retry.also))
 
     def _ended(self, flight: Flight, outcome: Outcome) -> None:
         """The one end of an attempt, called by the connector from the event loop."""

@@ -15,8 +15,8 @@ import asyncio
 import contextlib
 import random
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -45,7 +45,8 @@ from streams.outbox import Letter, Outbox, RawHeaders
 
 log = structlog.get_logger()
 
-GATHER_S: Final = 0.005
+GATHER_S: Final = 0.01
+RECOVERED: Final = ("delivered", "recovered")
 MISSING_TOPIC_WAIT_S: Final = 5.0
 SAY_AGAIN_S: Final = 1.0
 # A parked delivery is held three times until the broker has it: as it came, sealed, and in the producer's queue. So
@@ -55,21 +56,6 @@ SEALED_AHEAD_BYTES: Final = 16 * 2**20
 
 def nothing(_letter: Letter, _found: bool) -> None:
     """Before a letter's `done` is set."""
-
-
-class Clock:
-    """Milliseconds as RFC 3339; most of a batch shares a few of them."""
-
-    def __init__(self) -> None:
-        self._texts: dict[int, str] = {}
-
-    def text(self, at_ms: int) -> str:
-        found = self._texts.get(at_ms)
-        if found is None:
-            if len(self._texts) > 4096:
-                self._texts.clear()
-            found = self._texts[at_ms] = rfc3339(at_ms)
-        return found
 
 
 class Settle:
@@ -84,9 +70,9 @@ class Settle:
         *,
         tiers_s: tuple[float, ...],
         worker: str,
-        released: Callable[[Flight], None],
+        released: Callable[[Sequence[Flight]], None],
     ) -> None:
-        """`released` is told of each flight once it is settled, before its source is."""
+        """`released` is told of flights once they are settled, before their sources are."""
         self._outbox = outbox
         self._ledger = ledger
         self._metrics = metrics
@@ -96,7 +82,6 @@ class Settle:
         self._worker = worker
         self._released = released
         self._loop = asyncio.get_running_loop()
-        self._clock = Clock()
         self._flights: list[Flight] = []
         self._records: list[tuple[Vendor, str, bytes, Source | None, int]] = []
         self._armed = False
@@ -124,7 +109,8 @@ class Settle:
         if outcome.verdict == "delivered":
             flight.end = "delivered"
             self._flights.append(flight)
-            self._arm()
+            if not self._armed:
+                self._arm()
             return
         delivery = flight.delivery
         if delivery.first_failed_ms == 0:
@@ -182,7 +168,8 @@ class Settle:
         """An event's own record. With a source, it settles that record too: the event goes nowhere."""
         self._records.append((vendor, tenant, record, source, offset))
         self._gathered_bytes += len(record)
-        self._arm()
+        if not self._armed:
+            self._arm()
 
     def unrouted(
         self,
@@ -374,9 +361,11 @@ class Settle:
     async def _write(self, flights: list[Flight], records: list[tuple[Vendor, str, bytes, Source | None, int]]) -> None:
         batches: dict[Vendor, tuple[list[str], list[bytes]]] = {}
         for vendor, tenant, record, _, _ in records:
-            keys, values = batches.setdefault(vendor, ([], []))
-            keys.append(tenant)
-            values.append(record)
+            batch = batches.get(vendor)
+            if batch is None:
+                batch = batches[vendor] = ([], [])
+            batch[0].append(tenant)
+            batch[1].append(record)
         self._attempt_records(flights, batches)
         done = [flight.ledger_key for flight in flights if flight.end == "delivered"]
         telling = self._loop.create_task(self._ledger.tell(done, [DONE] * len(done))) if done else None
@@ -392,23 +381,27 @@ class Settle:
 
     def _attempt_records(self, flights: list[Flight], batches: dict[Vendor, tuple[list[str], list[bytes]]]) -> None:
         tried = [flight for flight in flights if flight.outcome is not None or flight.end == "recovered"]
-        digests = []
-        for flight in tried:
-            delivery = flight.delivery
-            digests.append(attempt_digest(delivery.id, delivery.attempt + 1, delivery.replay))
-        text = self._clock.text
-        worker = self._worker
-        for flight, name in zip(tried, base32_many(digests), strict=True):
+        names = base32_many(
+            [
+                attempt_digest(flight.delivery.id, flight.delivery.attempt + 1, flight.delivery.replay)
+                for flight in tried
+            ]
+        )
+        texts: dict[int, str] = {}  # most of a batch shares a few milliseconds
+        for flight, name in zip(tried, names, strict=True):
             delivery = flight.delivery
             lane = flight.lane
             outcome = flight.outcome
             event = delivery.event
-            tenant = delivery.tenant
-            keys, values = batches.setdefault(tenant.vendor, ([], []))
+            vendor, tenant = delivery.tenant.vendor, delivery.tenant.tenant
+            at_ms = flight.ended_ms
+            at = texts.get(at_ms)
+            if at is None:
+                at = texts[at_ms] = rfc3339(at_ms)
             record = AttemptRecord(
                 "att_" + name,
-                tenant.vendor,
-                tenant.tenant,
+                vendor,
+                tenant,
                 event.eventId,
                 event.eventType,
                 delivery.id,
@@ -416,45 +409,44 @@ class Settle:
                 lane.record.type,
                 delivery.attempt + 1,
                 delivery.trigger,
-                text(flight.ended_ms),
+                at,
                 int(flight.duration_s * 1e6) / 1000,
-                "delivered",
-                "recovered",
+                "delivered" if outcome is None else outcome.verdict,
+                "recovered" if outcome is None else outcome.code,
                 delivery.origin,
-                worker,
+                self._worker,
                 delivery.route,
-                correlationId=delivery.correlation,
-                configVersion=lane.owner.config_version,
+                "" if outcome is None else outcome.fault,
+                0 if outcome is None else outcome.status,
+                rfc3339(flight.next_ms) if flight.next_ms else "",
+                delivery.correlation,
+                lane.owner.config_version,
+                "" if outcome is None else outcome.receipt,
             )
-            if outcome is not None:
-                record.verdict = outcome.verdict
-                record.fault = outcome.fault
-                record.code = outcome.code
-                record.status = outcome.status
-                record.receipt = outcome.receipt
-                if flight.next_ms:
-                    record.nextAt = text(flight.next_ms)
-                if outcome.answer or outcome.detail:
-                    answer = encode_answer(SealedAnswer(outcome.answer, outcome.detail))
-                    item = attempt_aad_item(delivery.id, delivery.attempt + 1)
-                    with contextlib.suppress(Unsealable):  # without its key nobody may read it again
-                        record.sealed = lane.owner.vault.seal(PURPOSE_ATTEMPT, delivery.destination, item, answer)
-            keys.append(tenant.tenant)
-            values.append(encode_record(record))
+            if outcome is not None and (outcome.answer or outcome.detail):
+                answer = encode_answer(SealedAnswer(outcome.answer, outcome.detail))
+                item = attempt_aad_item(delivery.id, delivery.attempt + 1)
+                with contextlib.suppress(Unsealable):  # without its key nobody may read it again
+                    record.sealed = lane.owner.vault.seal(PURPOSE_ATTEMPT, delivery.destination, item, answer)
+            batch = batches.get(vendor)
+            if batch is None:
+                batch = batches[vendor] = ([], [])
+            batch[0].append(tenant)
+            batch[1].append(encode_record(record))
 
     def _acknowledge(self, flights: list[Flight], records: list[tuple[Vendor, str, bytes, Source | None, int]]) -> None:
         now_ms = time.time() * 1000
-        settled: dict[Source, list[int]] = {}
+        settled: defaultdict[Source, list[int]] = defaultdict(list)
         for flight in flights:
             self._count(flight, now_ms)
-            self._released(flight)
-            settled.setdefault(flight.source, []).append(flight.offset)
+            settled[flight.source].append(flight.offset)
             if flight.joined is not None:
                 for source, offset in flight.joined:
-                    settled.setdefault(source, []).append(offset)
+                    settled[source].append(offset)
+        self._released(flights)
         for _, _, _, nowhere, offset in records:
             if nowhere is not None:
-                settled.setdefault(nowhere, []).append(offset)
+                settled[nowhere].append(offset)
         for source, offsets in settled.items():
             source.settled(offsets)
 
@@ -463,23 +455,24 @@ class Settle:
         meter = flight.lane.meter
         outcome = flight.outcome
         if outcome is not None:
-            key = (outcome.verdict, outcome.fault, outcome.code)
-            meter.attempts[key] = meter.attempts.get(key, 0) + 1
+            attempt = (outcome.verdict, outcome.fault, outcome.code)
+            meter.attempts[attempt] = meter.attempts.get(attempt, 0) + 1
             meter.attempt_s.observe(flight.duration_s)
-        end = flight.end
-        if end == "delivered":
-            code = outcome.code if outcome is not None else "ok"
-            meter.ends[("delivered", code)] = meter.ends.get(("delivered", code), 0) + 1
-        elif end == "dead":
-            meter.ends[("dead", flight.code)] = meter.ends.get(("dead", flight.code), 0) + 1
-            bump(meter.dead, flight.code)
-        elif end == "recovered":
-            meter.ends[("delivered", "recovered")] = meter.ends.get(("delivered", "recovered"), 0) + 1
-            return
-        else:
-            if end == "stale":
+        match flight.end:
+            case "delivered":
+                end = ("delivered", "ok" if outcome is None else outcome.code)
+            case "dead":
+                end = ("dead", flight.code)
+                bump(meter.dead, flight.code)
+            case "recovered":
+                meter.ends[RECOVERED] = meter.ends.get(RECOVERED, 0) + 1
+                return
+            case "stale":
                 bump(meter.dropped, "stale")
-            return
+                return
+            case _:
+                return
+        meter.ends[end] = meter.ends.get(end, 0) + 1
         delivery = flight.delivery
         seconds = (now_ms - (delivery.first_failed_ms or delivery.appended_ms)) / 1000
         owner = flight.lane.owner

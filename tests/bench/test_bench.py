@@ -21,7 +21,7 @@ def test_events_have_one_kilobyte_are_valid_and_spread_over_all_tenants() -> Non
     made = [events.event("r1", number) for number in range(200)]
     assert {len(value) for _, value in made} == {events.EVENT_BYTES}
     assert len({key for key, _ in made}) == events.TENANTS
-    decoded = [decode_event(value, ExternalId(key), "p", 0, 2**20) for key, value in made]
+    decoded = [decode_event(value, ExternalId(key), "p-", 0, 0, 2**20) for key, value in made]
     ids = {event.eventId for event in decoded if isinstance(event, Event)}
     assert len(ids) == 200
     assert not ids & {event_id.replace("r1", "r2") for event_id in ids}
