@@ -54,7 +54,7 @@ from faust.types.tuples import ConsumerMessage
 from msgspec import Struct
 from yarl import URL
 
-import streams.strange_headers  # noqa: F401  (for what it does to aiokafka)
+import streams.fetching  # noqa: F401  (for what it does to aiokafka)
 from streams.offsets import NO_CARRY, Carry, Tracker
 
 log = structlog.get_logger(__name__)
@@ -769,7 +769,10 @@ class Consumer(driver.Consumer):
             if records[0].offset < carry.floor:
                 self._valid_from[at] = self._generation  # what settles late may be of another log of that name
             tracker = self._trackers[at] = Tracker(self._generation, carry)
-        known = tracker.fetched([record.offset for record in records], [record.timestamp for record in records])
+        first, last = records[0].offset, records[-1].offset
+        whole = last - first < len(records)  # no number is missing between them
+        offsets = range(first, last + 1) if whole else [record.offset for record in records]
+        known = tracker.fetched(offsets, [record.timestamp for record in records])
         self._read_at_ms[at] = records[-1].timestamp
         if known:
             records = [record for record in records if record.offset not in known]

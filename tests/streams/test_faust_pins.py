@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiokafka.client
+import aiokafka.conn
 import aiokafka.consumer.consumer
 import aiokafka.consumer.fetcher
 import aiokafka.consumer.group_coordinator as coordinator
@@ -29,13 +30,15 @@ import mode.utils.queues
 import pytest
 from aiokafka.protocol.api import Request
 from aiokafka.protocol.commit import OffsetCommitRequest
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.record import default_records, memory_records
 
-from streams import strange_headers, transport
+from streams import fetching, transport
 
 CONSUMER = aiokafka.consumer.consumer.AIOKafkaConsumer
-PARTITION_RECORDS = strange_headers.PartitionRecords.__base__
+PARTITION_RECORDS = fetching.PartitionRecords.__base__
+CONNECTION = fetching.Connection.__base__
 FETCHER = aiokafka.consumer.fetcher.Fetcher
 RECOVERY = faust.tables.recovery.Recovery
 QUEUE = mode.utils.queues.ThrowableQueue
@@ -60,16 +63,26 @@ SOURCES: dict[str, tuple[Any, str]] = {
     "consumer._drain_messages": (base.Consumer._drain_messages, "44a2500309e8"),
     "app._crash": (mode.services.Service._crash, "7bc0c709a151"),
     "client.send": (aiokafka.client.AIOKafkaClient.send, "246b277687d7"),
+    "connection.__init__": (CONNECTION.__init__, "16e2b58e6f2b"),
+    "connection.connect": (CONNECTION.connect, "b0f9ba7f0cf6"),
+    "connection.send": (CONNECTION.send, "5909ea32f4ef"),
+    "connection._handle_frame": (CONNECTION._handle_frame, "46a7d9b8cf7c"),
     "AIOKafkaConsumer.__init__": (CONSUMER.__init__, "01506f316191"),
     # what we lean on
     "AIOKafkaConsumer.start": (CONSUMER.start, "2f1ba7044332"),
     "AIOKafkaConsumer.commit": (CONSUMER.commit, "79b057d88220"),
     "fetcher.fetched_records": (FETCHER.fetched_records, "be4348896b9b"),
     "fetcher._get_actions_per_node": (FETCHER._get_actions_per_node, "1dab2cf937d1"),
-    "fetcher.FetchResult": (aiokafka.consumer.fetcher.FetchResult, "d7db13f06de8"),
+    "fetcher._proc_fetch_request": (FETCHER._proc_fetch_request, "59bf948fff47"),
+    "fetcher.FetchResult": (fetching.FetchResult.__base__, "d7db13f06de8"),
     "fetcher.PartitionRecords": (PARTITION_RECORDS, "94aa0da0dbec"),
     "records._read_msg": (default_records._DefaultRecordBatchPy._read_msg, "0997ab7a5850"),
     "records.next_batch": (memory_records._MemoryRecordsPy.next_batch, "f1779ecb6d0d"),
+    "connection.close": (CONNECTION.close, "28f164aa1e4f"),
+    "connection._read": (CONNECTION._read, "7b892995c0b8"),
+    "connection._on_read_task_error": (CONNECTION._on_read_task_error, "b77014588488"),
+    "create_conn": (aiokafka.conn.create_conn, "673276cbddb4"),
+    "FetchRequest": (FetchRequest, "ef21d383f137"),
     "subscription.Assignment": (subscription.Assignment, "ce6859542c70"),
     "subscription.fetch_context": (subscription.SubscriptionState.fetch_context, "ff2a654dca23"),
     "coordinator._send_req": (coordinator.GroupCoordinator._send_req, "fa4b12e914ce"),

@@ -1,0 +1,142 @@
+"""How answers of a broker are read: whole frames from any pieces, records in bulk, questions that name what changed."""
+
+import io
+import struct
+from random import Random
+from typing import Any
+
+import pytest
+from aiokafka.errors import CorruptRecordException
+from aiokafka.protocol.fetch import FetchRequest, FetchRequest_v11, FetchResponse_v11
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.structs import TopicPartition
+
+from streams.fetching import (
+    FIRST_BUFFER_BYTES,
+    KEPT_BUFFER_BYTES,
+    Answer,
+    Batches,
+    PartitionRecords,
+    Session,
+    _Frames,
+    _Question,
+)
+
+AT = TopicPartition("events", 3)
+
+
+class Listener:
+    """Stands where the connection is, and keeps a copy of what it is handed."""
+
+    def __init__(self) -> None:
+        self._reader: Any = self
+        self.frames: list[bytes] = []
+
+    def _handle_frame(self, frame: memoryview) -> None:
+        self.frames.append(bytes(frame))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_frames_are_the_same_however_they_arrive(seed: int) -> None:
+    dice = Random(seed)
+    sizes = (0, 1, 40, FIRST_BUFFER_BYTES - 4, FIRST_BUFFER_BYTES, 3 * FIRST_BUFFER_BYTES, KEPT_BUFFER_BYTES + 9)
+    frames = [dice.randbytes(dice.choice(sizes)) for _ in range(12)] + [b"last"]
+    stream = b"".join(struct.pack(">i", len(frame)) + frame for frame in frames)
+    listener = Listener()
+    protocol = _Frames(listener)  # type: ignore[arg-type]
+    at = 0
+    while at < len(stream):
+        room = protocol.get_buffer(-1)
+        count = min(len(room), len(stream) - at, dice.choice((1, 3, 1000, 100_000, 10_000_000)))
+        assert count > 0
+        room[:count] = stream[at : at + count]
+        protocol.buffer_updated(count)
+        at += count
+    assert listener.frames == frames
+
+
+def batch(first: int, count: int, *, header: bytes = b"name", deltas: list[int] | None = None) -> bytes:
+    builder = DefaultRecordBatchBuilder(
+        magic=2, compression_type=0, is_transactional=False, producer_id=-1, producer_epoch=-1, base_sequence=-1,
+        batch_size=2**20,
+    )  # fmt: skip
+    for delta in deltas or range(count):
+        builder.append(delta, 1000 + first + delta, b"k", b"v%d" % (first + delta), [("name", b"x")])
+    made = bytes(builder.build()).replace(b"name", header)
+    return struct.pack(">q", first) + made[8:]
+
+
+def records_of(raw: bytes, first: int = 0, *, crc: bool = False) -> PartitionRecords:
+    return PartitionRecords(AT, Batches(raw), [], first, None, None, crc, 1)
+
+
+def offsets_in_pieces(records: PartitionRecords, piece: int) -> list[int]:
+    taken: list[int] = []
+    while True:
+        found = records.take(piece)
+        assert all(record.value == b"v%d" % record.offset for record in found)
+        assert all((record.topic, record.partition) == AT for record in found)
+        assert all(record.timestamp == 1000 + record.offset and record.key == b"k" for record in found)
+        taken += [record.offset for record in found]
+        if len(found) < piece:
+            return taken
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 100])
+def test_pieces_of_any_size_are_all_records_once(piece: int) -> None:
+    raw = batch(0, 5) + batch(5, 5, deltas=[0, 2, 4]) + batch(20, 4)
+    records = records_of(raw)
+    assert offsets_in_pieces(records, piece) == [0, 1, 2, 3, 4, 5, 7, 9, 20, 21, 22, 23]
+    assert records.next_fetch_offset == 24
+
+
+@pytest.mark.parametrize("piece", [1, 2, 100])
+def test_records_before_the_offset_asked_for_are_left_out(piece: int) -> None:
+    assert offsets_in_pieces(records_of(batch(0, 5) + batch(5, 5), first=3), piece) == [3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 4, 100])
+def test_a_header_name_that_is_not_utf8_brings_nothing_twice(piece: int) -> None:
+    raw = batch(0, 3) + batch(3, 3) + batch(6, 3, header=b"n\xffme") + batch(9, 3)
+    assert offsets_in_pieces(records_of(raw), piece) == list(range(12))
+    (strange,) = [record for record in records_of(raw).take(100) if record.offset == 7]
+    assert strange.headers == (("n\\xffme", b"x"),)
+
+
+def test_a_batch_that_is_damaged_is_refused() -> None:
+    sound, damaged = batch(0, 3), batch(3, 3).replace(b"v4", b"v9")
+    assert len(records_of(sound, crc=True).take(100)) == 3
+    with pytest.raises(CorruptRecordException):
+        records_of(sound + damaged, crc=True).take(100)
+
+
+def asked(session: Session, offsets: dict[int, int]) -> Any:
+    """The question as aiokafka's own schema reads it."""
+    plain = FetchRequest(300, 1, 1000, 1, [("events", [(partition, at, 50) for partition, at in offsets.items()])])
+    return FetchRequest_v11.decode(io.BytesIO(_Question(plain, session).encode()))
+
+
+def test_a_question_names_only_what_is_different() -> None:
+    session = Session()
+    first = asked(session, {0: 10, 1: 20, 2: 30})
+    assert (first.session_id, first.session_epoch) == (0, 0)
+    assert [partition[0] for partition in first.topics[0][1]] == [0, 1, 2]
+    session.id = 77
+    same = asked(session, {0: 10, 1: 20, 2: 30})
+    assert (same.session_id, same.session_epoch, same.topics) == (77, 1, [])
+    moved = asked(session, {0: 11, 1: 20})
+    assert (moved.session_epoch, moved.topics) == (2, [("events", [(0, -1, 11, -1, 50)])])
+    forgotten = next(iter(moved.to_object()["forgotten_topics_data"]))
+    assert forgotten == {"topic": "events", "partitions": [2]}
+    again = asked(session, {0: 11, 1: 20, 2: 30})
+    assert again.topics == [("events", [(2, -1, 30, -1, 50)])]
+
+
+def test_an_answer_is_read_as_aiokafka_reads_it() -> None:
+    topics = [
+        ("events", [(0, 0, 90, 80, 5, [(7, 60), (8, 61)], -1, b"records"), (1, 3, -1, -1, -1, [], -1, b"")]),
+        ("others", [(4, 0, 1, 1, 0, [], -1, b"r")]),
+    ]
+    encoded = struct.pack(">i", 55) + FetchResponse_v11(0, 0, 99, topics).encode()
+    answer = Answer(memoryview(encoded))
+    assert (answer.error_code, answer.session_id, answer.topics) == (0, 99, topics)
