@@ -79,6 +79,7 @@ def main(
         return
     run.measure(
         lambda rig: measures.speed(rig, run.count, run.rounds, say),
+        lambda rig: measures.allowed(rig, say),
         lambda rig: measures.speed(rig, run.count, run.rounds, say, tls=True),
         lambda rig: measures.latency(rig, run.seconds, say),
         lambda rig: measures.memory(rig, say),
@@ -128,6 +129,13 @@ def apply(run: Run) -> None:
 def start(run: Run) -> None:
     """Time from start to ready."""
     run.measure(lambda rig: measures.starting(rig, run.rounds, say))
+
+
+@main.command()
+@click.pass_obj
+def parts(run: Run) -> None:
+    """What the floor leaves out, as single calls: how low the cost of a delivery could be."""
+    run.measure(lambda rig: measures.allowed(rig, say))
 
 
 @main.command()

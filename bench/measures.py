@@ -14,7 +14,7 @@ from typing import Final
 from confluent_kafka import Consumer, TopicPartition
 from msgspec import Struct, structs
 
-from bench import events, headgate
+from bench import events, headgate, parts
 from bench import rig as bench
 from bench.rig import ROOT, BenchError, Load, Measured, Rig
 
@@ -93,6 +93,14 @@ def speed(rig: Rig, count: int, rounds: int, say: Say, *, tls: bool = False) -> 
         Figure(f"{way}: on a reused connection", "%", tuple(one.reused * 100 for one in ours), REUSED_BAR, digits=2),
         Figure(f"{way}: delivered twice", "", tuple(float(one.total - one.distinct) for one in ours), at_most=0),
     ]
+
+
+def allowed(rig: Rig, say: Say) -> list[Figure]:
+    """What a delivery needs beyond the floor, in microseconds of CPU, as single calls (ADR 0010)."""
+    found = parts.measure(rig)
+    for part in found:
+        say(f"parts: {part.us:6.2f} us  {part.name}")
+    return [Figure("what the floor leaves out, as single calls", "us", (sum(part.us for part in found),), digits=1)]
 
 
 def _each(runs: Sequence[Measured]) -> tuple[float, ...]:

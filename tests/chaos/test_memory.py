@@ -44,7 +44,7 @@ class Scene(Struct, frozen=True):
 
 LARGE_EVENT = MIB - 2048
 SMALL = Scene(50, 5, 10, 2, 6, 256 * 1024, LARGE_EVENT, "64MiB", 288, 150.0)
-FULL = Scene(1000, 100, 10, 1, 2, LARGE_EVENT, LARGE_EVENT, "256MiB", 512, 1500.0)
+FULL = Scene(1000, 100, 10, 1, 1, LARGE_EVENT, LARGE_EVENT, "256MiB", 512, 1500.0)
 
 
 class Seen(Struct):
@@ -79,7 +79,7 @@ async def _scene(
     settings = {
         "HEADGATE_DEFAULT_TOPICS": "pooled",
         "HEADGATE_MEMORY_BUDGET": scene.budget,
-        "HEADGATE_RETRY_TIERS": "500ms,2s,15s",
+        "HEADGATE_RETRY_TIERS": "1s,5s,30s",
         "HEADGATE_IN_FLIGHT": "2000",
         **env,
     }
