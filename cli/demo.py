@@ -43,7 +43,7 @@ from dev.demo import checks
 from dev.demo.checks import Letter, Seen
 from dev.demo.events import DemoEvent, stream
 from dev.demo.places import PLACES, TENANTS, new_secrets
-from dev.inbox import InboxError, Received, RemoteInbox
+from dev.inbox import ACCEPT, InboxError, Received, RemoteInbox
 
 CONFIG: Final = Path(checks.__file__).with_name("config.yaml")
 PREFIX: Final = "headgate-demo"
@@ -58,6 +58,7 @@ POLL_S: Final = 0.1
 REFRESH_S: Final = 0.5
 PLAIN_EVERY_S: Final = 5.0
 STUMBLE_EVERY_S: Final = 20.0
+MEND_EVERY_S: Final = 30.0
 SHOWN_FAULTS: Final = 5
 TIMED_DELIVERIES: Final = 2000
 LOG_TAIL_BYTES: Final = 3000
@@ -196,6 +197,28 @@ class Demo:
             found[tenant] = msgspec.json.decode(listing.stdout, type=list[Letter])
         return found
 
+    def start_replay(self, tenant: str) -> subprocess.Popen[bytes]:
+        """`headgate dlq replay` of a tenant's letters, which ends when all are settled."""
+        return subprocess.Popen(
+            [*_HEADGATE, "dlq", "replay", "--tenant", tenant, "--wait", "--output", "json"],
+            env=_environ(self.env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def end_replay(self, replay: subprocess.Popen[bytes]) -> int:
+        """How many letters it has sent."""
+        try:
+            out, err = replay.communicate(timeout=ONCE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            replay.kill()
+            raise DemoFault(f"a replay was not settled within {ONCE_TIMEOUT_S:.0f} s") from None
+        if replay.returncode != 0:
+            raise DemoFault(f"`headgate dlq replay` failed: {err.decode().strip()}")
+        return msgspec.json.decode(out, type=_Replayed).replayed
+
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not self._ready():
@@ -222,6 +245,10 @@ class Demo:
 
     def _url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.env['HEADGATE_HTTP_PORT']}{path}"
+
+
+class _Replayed(msgspec.Struct):
+    replayed: int
 
 
 # the very interpreter that runs this, whatever is on the PATH
@@ -337,10 +364,13 @@ def _once(demo: Demo, count: int) -> int:
         late = time.monotonic() > deadline
         if late or checks.complete(published, received):
             # an answer of 422 is a moment ahead of its dead letter
-            results = checks.check(published, Seen(received, demo.letters()))
+            before = Seen(received, demo.letters())
+            results = checks.check(published, before)
             if late or all(result.held for result in results):
                 break
         time.sleep(REFRESH_S)
+    if not late:
+        results += _mended(demo, published, before)
     for result in results:
         click.echo(f"{'ok    ' if result.held else 'FAILED'} {result.promise} ({result.count} checked)")
         for fault in result.faults[:SHOWN_FAULTS]:
@@ -356,6 +386,16 @@ def _once(demo: Demo, count: int) -> int:
     if not held:
         say(f"the end of the worker's log:\n{demo.log()}")
     return 0 if held else 1
+
+
+def _mended(demo: Demo, published: Sequence[DemoEvent], before: Seen) -> list[checks.Check]:
+    """The destinations that refused accept from now on, and their letters are replayed."""
+    say("mending what refused, and replaying its dead letters")
+    for place in PLACES:
+        if place.dead:
+            demo.inbox.script(place.path, ACCEPT)
+            demo.end_replay(demo.start_replay(place.tenant))
+    return checks.check_mended(published, before, Seen(demo.look(), demo.letters()))
 
 
 # The live table
@@ -394,6 +434,36 @@ class _Happened(msgspec.Struct):
     occurredAt: str
 
 
+class Mending:
+    """The places that refuse, mended every so often: they accept until their letters are replayed and settled."""
+
+    def __init__(self, demo: Demo) -> None:
+        self._demo = demo
+        self._replays: dict[str, subprocess.Popen[bytes]] = {}
+        self._mended = time.monotonic()
+        self.replayed: Counter[str] = Counter()
+
+    def turn(self) -> None:
+        """Begins and ends what is due; does not wait."""
+        for place in PLACES:
+            replay = self._replays.get(place.path)
+            if replay is not None and replay.poll() is not None:
+                del self._replays[place.path]
+                self.replayed[place.tenant] += self._demo.end_replay(replay)
+                self._demo.inbox.script(place.path, place.script)
+        if not self._replays and time.monotonic() - self._mended >= MEND_EVERY_S:
+            self._mended = time.monotonic()
+            for place in PLACES:
+                if place.dead:
+                    self._demo.inbox.script(place.path, ACCEPT)
+                    self._replays[place.path] = self._demo.start_replay(place.tenant)
+
+    def end(self) -> None:
+        for replay in self._replays.values():
+            replay.kill()
+            replay.communicate()
+
+
 def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
     """Publish at the rate and show the table until Ctrl-C."""
     console = Console()
@@ -401,7 +471,12 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
     began = time.monotonic()
     looked = shown = began - PLAIN_EVERY_S
     stumbled = began
-    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as screen:
+    mending = Mending(demo)
+    with ExitStack() as cleanup:
+        cleanup.callback(mending.end)
+        screen = cleanup.enter_context(
+            Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+        )
         while True:
             due = int((time.monotonic() - began) * rate_per_s) + 1
             demo.publish(max(0, min(due, limit or due) - demo.published.total()))
@@ -410,13 +485,14 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
                 for place in PLACES:
                     if place.failures:
                         demo.inbox.script(place.path, place.script)  # counts its failures from the start
+            mending.turn()
             if time.monotonic() - looked >= REFRESH_S:
                 looked = time.monotonic()
                 arrived = demo.look()
                 for place in PLACES:
                     for request in arrived[place.path]:
                         tallies[place.tenant].take(request)
-                table = live_table(_rows(demo, tallies), demo.published.total())
+                table = live_table(_rows(demo, tallies, mending.replayed), demo.published.total())
                 if screen is not None:
                     screen.update(Group(table, Text(), *try_next(demo.env)), refresh=True)
                 elif looked - shown >= PLAIN_EVERY_S:
@@ -425,8 +501,9 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
             time.sleep(POLL_S)
 
 
-def _rows(demo: Demo, tallies: Mapping[str, Tally]) -> list[Row]:
-    dead = demo.dead()
+def _rows(demo: Demo, tallies: Mapping[str, Tally], replayed: Mapping[str, int]) -> list[Row]:
+    ended = demo.dead()
+    dead = {tenant: max(0, ended[tenant] - replayed.get(tenant, 0)) for tenant in tallies}
     paths = demo.inbox.stats().paths
     rows = []
     for tenant, tally in tallies.items():
@@ -452,7 +529,7 @@ _NOTES: Final = {
     "globex": "filter: total > 100 in CH or DE",
     "hooli": "two destinations, by type",
     "initech": "fails now and then",
-    "umbrella": "refuses everything (422)",
+    "umbrella": "refuses (422); now and then mended, and replayed",
 }
 
 

@@ -28,7 +28,7 @@ _SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Run": {
         "worker": ("cli.worker:command", "Deliver events until SIGTERM."),
         "publish": ("cli.publish:command", "Publish events from a file or from stdin."),
-        "dlq": ("cli.dlq:group", "Look at the dead letters of a tenant."),
+        "dlq": ("cli.dlq:group", "Look at dead letters, send them again, or drop them."),
     },
 }
 _LATER: Final = {
@@ -56,6 +56,7 @@ Five minutes to a first delivery:
   headgate worker                          delivers (leave it running)
   headgate publish -f events.ndjson        one event a line
   headgate dlq list --tenant acme          what could not be delivered
+  headgate dlq replay --tenant acme        sends it again
 
 Settings come from HEADGATE_… environment variables; without HEADGATE_KAFKA_BOOTSTRAP, the stack of `headgate dev up` in
 this folder is used. Results go to stdout, all else to stderr. Exit 0: done, 1: a fault, 2: wrong use.

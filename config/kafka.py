@@ -143,7 +143,6 @@ def _until_end(
                     "check HEADGATE_KAFKA_BOOTSTRAP and the brokers"
                 )
             continue
-        deadline = monotonic() + STALL_TIMEOUT_S
         for message in (first, *consumer.consume(1000, 0)):
             error = message.error()
             if error is None:
@@ -152,3 +151,4 @@ def _until_end(
                 open_ends.discard((message.topic(), message.partition()))
             elif not error.retriable() and error.code() not in _UNREACHABLE:
                 raise explain(error, f"read topic {message.topic()}", kafka, faults)
+        deadline = monotonic() + STALL_TIMEOUT_S  # from here on: what a reader does between two of them is its own time

@@ -169,6 +169,32 @@ def unrouted_headers(
     return kept + ours
 
 
+def returned_headers(original: Iterable[tuple[str, bytes | None]]) -> list[tuple[str, bytes | None]] | None:
+    """The headers of an unrouted record that goes back through ingress: the producer's own, and `hg-origin`.
+
+    None if it says nothing of where it came from.
+    """
+    kept: list[tuple[str, bytes | None]] = []
+    origin: tuple[str, bytes | None] | None = None
+    for name, value in original:
+        if name == "hg-origin":
+            origin = (name, value)
+        elif not name.startswith("hg-"):
+            kept.append((name, value))
+    return None if origin is None else [*kept, origin]
+
+
+def read_origin(headers: Iterable[tuple[str, bytes | None]], topic: str) -> tuple[int, int] | None:
+    """Partition and offset that `hg-origin` names in this very topic; None if it names none there."""
+    for name, value in headers:
+        if name == "hg-origin" and value is not None:
+            found, _, place = value.decode("utf-8", "replace").rpartition("/")
+            found, _, partition = found.rpartition("/")
+            if found == topic and partition.isdecimal() and place.isdecimal() and len(partition) < 10:
+                return (int(partition), int(place)) if len(place) < 19 else None
+    return None
+
+
 def stub(
     key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]
 ) -> tuple[bytes | None, bytes | None, list[tuple[str, bytes | None]]]:

@@ -11,17 +11,19 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
-from typing import Final
+from typing import Final, cast
 
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from routing.match import Matching
 from schemas.attempt import PURPOSE_EVENT, EventRecord, encode_record
 from schemas.delivery import Delivery
 from schemas.event import Event, Problem, canonical, correlation_id, decode_event, rfc3339
 from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
+from schemas.wire import read_origin
 from streams.compiled import CompiledTenant, Tenants, Unknowns
+from streams.fetching import FetchedRecord
 from streams.flight import Fan, Flight, Shared
 from streams.lanes import Lanes
 from streams.ledger import Ledger
@@ -166,6 +168,8 @@ class Router:
         digests: list[bytes] = []
         for lot, record in records:
             try:
+                if record.headers:
+                    lot, record = self._where_it_was(lot, record)
                 self._route(lot, record, routed, digests, asked)
             except Exception as fault:  # the poison guard: whatever a record provokes, it is kept and the rest go on
                 log.error("poison", origin=f"{lot.origin}{record.offset}", fault=type(fault).__name__)
@@ -204,6 +208,29 @@ class Router:
             first += count
         self._lanes.note_room()
         self._lanes.pump()
+
+    def _where_it_was(self, lot: Lot, record: Record) -> tuple[Lot, Record]:
+        """A replayed record takes its first position: in its default event id, in the dedupe and as its origin.
+
+        Only a position in the same topic counts: what else a producer may write there says nothing.
+        """
+        origin = read_origin(record.headers, record.topic)
+        if origin is None:
+            return lot, record
+        partition, offset = origin
+        topic, topic_id8 = record.topic, self._topic_ids[record.topic]
+        own = lot.fan, record.offset
+        headers = tuple([header for header in record.headers if header[0] != "hg-origin"])
+        returned = FetchedRecord(topic, partition, offset, record.timestamp, record.key, record.value, headers)
+        alone = structs.replace(
+            lot,
+            fan=Fan(lambda _: own[0].settled((own[1],))),
+            records=(returned,),
+            place=default_event_id(topic, topic_id8, partition, ""),
+            position=f"{topic_id8}-{partition}-",
+            origin=f"{topic}/{partition}/",
+        )
+        return alone, cast(Record, returned)
 
     def _route(self, lot: Lot, record: Record, routed: list[_Routed], digests: list[bytes], asked: bool) -> None:
         """Decodes and matches one record; or ends it as unrouted, dropped or to be asked about."""

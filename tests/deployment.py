@@ -269,7 +269,9 @@ class Deployment:
             consumer.close()
 
     def dead_letters(self, tag: str, vendor: str = "default") -> list[Read]:
-        return self.read(self.settings.topics.dead_letters(Vendor(vendor), Tag(tag)))
+        """The letters, without their marks."""
+        found = self.read(self.settings.topics.dead_letters(Vendor(vendor), Tag(tag)))
+        return [one for one in found if "hg-mark" not in one.headers]
 
     def retries(self, tag: str, vendor: str = "default") -> list[Read]:
         return self.read(self.settings.topics.retry(Vendor(vendor), Tag(tag)))

@@ -88,6 +88,45 @@ def check(events: Sequence[DemoEvent], seen: Seen) -> list[Check]:
     ]
 
 
+def check_mended(events: Sequence[DemoEvent], before: Seen, after: Seen) -> list[Check]:
+    """What a replay owes, once the destinations that refused accept: `before` it, and `after` it all."""
+    published = {event.id: event for event in events}
+    arrived, listed = 0, 0
+    missing: list[str] = []
+    left: list[str] = []
+    for place in PLACES:
+        if not place.dead:
+            continue
+        refused = {
+            body.id: one.webhook_id for one in before.received[place.path] if (body := _body(one)).id in published
+        }
+        accepted = {
+            (body.id, one.webhook_id)
+            for one in after.received[place.path]
+            if 200 <= one.status < 300
+            and one.signature_ok is True
+            and (event := published.get((body := _body(one)).id)) is not None
+            and (body.type, body.payload) == (event.type, event.payload)
+        }
+        wanted = due(place, events)
+        arrived += len(wanted)
+        missing += [
+            f"{event} did not arrive at {place.path} as it was refused there"
+            for event in sorted(wanted)
+            if (event, refused.get(event)) not in accepted
+        ]
+        letters = {letter.event for letter in before.letters[place.tenant]} & wanted.keys()
+        listed += len(letters)
+        still = {letter.event for letter in after.letters[place.tenant]}
+        left += [f"{event} is still listed for {place.tenant}" for event in sorted(letters & still)]
+    return [
+        Check(
+            "what was refused has arrived by a replay, well signed, under the same webhook-id", arrived, tuple(missing)
+        ),
+        Check("what was replayed is no longer listed as a dead letter", listed, tuple(left)),
+    ]
+
+
 _Ours = Mapping[str, Sequence[tuple[Received, Body]]]
 
 

@@ -593,7 +593,6 @@ def test_unrouted_letters_are_listed_and_shown_as_they_came(shell: Shell) -> Non
         (["dlq", "list", "--tenant", "a", "--since", "soon"], "'soon' is neither a duration such as 2h nor a time"),
         (["dlq", "list", "--tenant", "a", "--since", "2026-01-01T00:00:00"], "has no zone"),
         (["dlq", "show", "x", "--tenant", "a"], "'x' is not <partition>/<offset>, such as 2/17"),
-        (["dlq", "replay", "--tenant", "a"], "arrives with a later release"),
         (["publish", "-f", "-", "--rate", "fast"], "'fast' is not a rate such as 200/s or 100/m"),
         (["publish", "-f", "-", "--tenant", "a\tb"], "holds a control character"),
         (["get", "tenants", "--vendor", "A"], "'A' must match"),
@@ -656,7 +655,7 @@ def test_a_mistyped_subcommand_is_told_what_there_is(shell: Shell) -> None:
         result = shell.run(*typed)
         assert (result.exit_code, result.stdout) == (2, "")
         assert told in result.stderr
-    later = shell.run("dlq", "replay", "--tenant", "acme")
+    later = shell.run("isolation", "--tenant", "acme")
     assert later.exit_code == 2
     assert "arrives with a later release" in later.stderr
 

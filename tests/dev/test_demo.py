@@ -15,7 +15,7 @@ from msgspec import structs
 from rich.console import Console
 
 from cli.demo import Row, live_table, try_next
-from dev.demo.checks import Letter, Seen, check, complete, due
+from dev.demo.checks import Letter, Seen, check, check_mended, complete, due
 from dev.demo.events import DemoEvent, stream
 from dev.demo.places import PLACES, TENANTS, Place
 from dev.inbox import Received
@@ -140,6 +140,60 @@ def test_each_breach_breaks_its_promise(breach: Callable[[Seen], None], promise:
     assert promise in [result.promise for result in check(EVENTS, seen) if not result.held]
 
 
+def mended() -> Seen:
+    """What a faultless replay leaves behind."""
+    received = {
+        place.path: [request(place, e, 200) for e in due(place, EVENTS).values()] for place in PLACES if place.dead
+    }
+    return Seen(received, {tenant: [] for tenant in TENANTS})
+
+
+def not_delivered(seen: Seen) -> None:
+    path_of(seen, "/umbrella").pop()
+
+
+def refused_again(seen: Seen) -> None:
+    got = path_of(seen, "/umbrella")
+    got[0] = structs.replace(got[0], status=422)
+
+
+def forged_again(seen: Seen) -> None:
+    got = path_of(seen, "/umbrella")
+    got[0] = structs.replace(got[0], signature_ok=False)
+
+
+def under_a_new_id(seen: Seen) -> None:
+    got = path_of(seen, "/umbrella")
+    got[0] = structs.replace(got[0], webhook_id="dlv_other")
+
+
+def still_listed(seen: Seen) -> None:
+    letters = seen.letters["umbrella"]
+    assert isinstance(letters, list)
+    letters.append(perfect().letters["umbrella"][0])
+
+
+def test_a_faultless_replay_holds() -> None:
+    results = check_mended(EVENTS, perfect(), mended())
+    assert [result for result in results if not result.held] == []
+
+
+@pytest.mark.parametrize(
+    ("breach", "promise"),
+    [
+        (not_delivered, "what was refused has arrived by a replay, well signed, under the same webhook-id"),
+        (refused_again, "what was refused has arrived by a replay, well signed, under the same webhook-id"),
+        (forged_again, "what was refused has arrived by a replay, well signed, under the same webhook-id"),
+        (under_a_new_id, "what was refused has arrived by a replay, well signed, under the same webhook-id"),
+        (still_listed, "what was replayed is no longer listed as a dead letter"),
+    ],
+)
+def test_each_breach_of_a_replay_breaks_its_promise(breach: Callable[[Seen], None], promise: str) -> None:
+    after = mended()
+    breach(after)
+    assert [result.promise for result in check_mended(EVENTS, perfect(), after) if not result.held] == [promise]
+
+
 def test_the_configuration_names_the_places_that_the_checks_expect() -> None:
     tenants = yaml.safe_load(CONFIG.read_text())["tenants"]
     configured = [
@@ -172,6 +226,7 @@ def test_the_demo_checks_every_delivery_and_ends_what_it_started(stack: Stack) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all held: 150 events of 7 tenants" in done.stdout
     assert "FAILED" not in done.stdout
+    assert "ok     what was refused has arrived by a replay" in done.stdout
 
 
 def test_what_to_try_next_fits_a_terminal_of_80_columns_line_by_line() -> None:
