@@ -1,7 +1,7 @@
 """`headgate filter`: checks an expression as `apply` will, tries it on events as the worker will. Needs no broker."""
 
 from collections.abc import Iterator
-from time import time
+from time import monotonic, time
 from typing import IO, Any, Final
 
 import click
@@ -15,6 +15,7 @@ from schemas.ids import ExternalId
 
 # the longest event that any setting lets through, and its envelope
 _MAX_LINE_BYTES: Final = 16 * 1024 * 1024
+PROGRESS_EVERY_S: Final = 2.0
 
 
 class Tried(Struct):
@@ -57,11 +58,12 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 @click.option("-f", "--file", "file", metavar="FILE", help="One JSON event a line; - for stdin.")
 @output_option
 def command(expression: str, file: str | None, output: str) -> None:
-    r"""Check a filter (the `where` of a route), and try it on events.
+    """Check a filter (the `where` of a route), and try it on events.
 
     \b
     headgate filter 'payload.total > 100 && payload.country in ["CH", "DE"]'
     headgate filter 'has(payload.vip) && payload.vip' -f events.ndjson
+    headgate filter "payload.sku.matches(r'^[A-Z]{2}-[0-9]+$')" -f - < events.ndjson
 
     Variables: id type source aggregateId occurredAt schemaVersion metadata payload. A missing field is an error, and an
     expression that errors on an event does not match it; has(payload.field) asks.
@@ -88,7 +90,11 @@ def command(expression: str, file: str | None, output: str) -> None:
     say(reads)
 
     counts = {"match": 0, "no match": 0, "error": 0, "no event": 0}
-    tried: list[Tried] = []
+    between = ""
+    told_at = monotonic()
+    if output == "json":
+        # written as it goes: the file may be larger than memory
+        click.echo(msgspec.json.encode(shown).decode()[:-1] + ',"events":[', nl=False)
     for number, raw in source:
         each = Tried(number, "no event")
         event = _event(number, raw)
@@ -102,12 +108,16 @@ def command(expression: str, file: str | None, output: str) -> None:
                 each.result, each.why = "error", str(fault)
         counts[each.result] += 1
         if output == "json":
-            tried.append(each)
+            click.echo(f"{between}\n{msgspec.json.encode(each).decode()}", nl=False)
+            between = ","
+            if monotonic() - told_at >= PROGRESS_EVERY_S:
+                told_at = monotonic()
+                say(f"{sum(counts.values())} lines tried")
         else:
             parts = (f"line {each.line}", each.id, each.type, f"{each.result}{': ' if each.why else ''}{each.why}")
             click.echo("  ".join(printable(part) for part in parts if part))
     if output == "json":
-        show_json({**shown, "counts": counts, "events": tried})
+        click.echo(f'\n],"counts":{msgspec.json.encode(counts).decode()}}}')
     else:
         say(", ".join(f"{count} {result}" for result, count in counts.items()))
     if counts["no event"]:

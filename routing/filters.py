@@ -13,7 +13,7 @@ from routing.cel.check import DOCUMENT, INT, STRING, TIMESTAMP, Checker, Type, V
 from routing.cel.compile import Code, Compiler, Field, document_path
 from routing.cel.errors import FilterError, FilterFault
 from routing.cel.functions import parse_timestamp
-from routing.cel.syntax import Has, Macro, Node, children, parse
+from routing.cel.syntax import Has, Ident, Index, Literal, Macro, Node, Select, children, parse
 from routing.cel.values import Scope, Timestamp, Value, kind
 from routing.documents import MAX_STEPS, Documents, Read, Root, documents
 from schemas.event import Event
@@ -87,17 +87,24 @@ class _EventNames:
         return None if root is None else self._documents.present(root, path)
 
 
-def _named(node: Node, local: frozenset[str]) -> Iterator[tuple[str, tuple[str, ...], bool]]:
+def _named(root: Node) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """What the expression reads: the variable, the keys under it, and whether its value or only its presence."""
-    known = dict.fromkeys(local)
-    path = document_path(node.operand if isinstance(node, Has) else node, VARIABLES, known)
-    if path is not None:
-        yield (path[0], (*path[1], node.field), False) if isinstance(node, Has) else (*path, True)
-        return
-    inner = local | {node.variable} if isinstance(node, Macro) else local
-    for child in children(node):
-        # the list that a macro goes over does not see the macro's variable
-        yield from _named(child, local if isinstance(node, Macro) and child is node.over else inner)
+    nowhere: Mapping[str, None] = {}
+    waiting = [(root, nowhere)]
+    while waiting:
+        node, local = waiting.pop()
+        if isinstance(node, (Ident, Select, Index, Has)):
+            path = document_path(node.operand if isinstance(node, Has) else node, VARIABLES, local)
+            if path is not None:
+                yield (path[0], (*path[1], node.field), False) if isinstance(node, Has) else (*path, True)
+                continue
+        if isinstance(node, Macro):
+            # the list that a macro goes over does not see the macro's variable
+            waiting.append((node.over, local))
+            inner = {**local, node.variable: None}
+            waiting += [(part, inner) for part in (node.keep, node.body) if part is not None]
+        elif not isinstance(node, Literal):
+            waiting += [(child, local) for child in children(node)]
 
 
 class Filter:
@@ -170,7 +177,7 @@ def compile_filter(source: str) -> Filter:
         raise FilterError(
             source, tree.at, f"the expression gives {result}, not a bool", "Compare it with something: … == …"
         )
-    named = list(_named(tree, frozenset()))
+    named = list(_named(tree))
     fields = tuple(sorted({".".join((name, *path)) for name, path, _ in named}))
     reads = tuple(Read(root, path, value) for name, path, value in named if (root := _root(name)) is not None)
     return Filter(source, tree, checker.types, fields, reads, documents(reads))

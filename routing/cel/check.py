@@ -5,12 +5,13 @@ Fields of documents have the type `dyn`: what they hold is seen when an event co
 
 import difflib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final, assert_never
 
 from msgspec import Struct
 
 from routing.cel.errors import FilterError
-from routing.cel.functions import LONG_TYPE_NAMES, NOT_YET, OVERLOADS, TYPE_NAMES, named_zone
+from routing.cel.functions import LONG_TYPE_NAMES, OVERLOADS, TYPE_NAMES, named_zone
 from routing.cel.syntax import (
     MACROS,
     Binary,
@@ -70,6 +71,12 @@ _ARITHMETIC: Final[dict[str, dict[tuple[str, str], str]]] = {
 }
 
 
+# each is read from a file
+MAX_ZONES: Final = 16
+
+_LAST_WORDS: Final = frozenset(name.rpartition(".")[2] for name in LONG_TYPE_NAMES)
+
+
 def dotted(node: Node) -> str | None:
     """`a.b.c` where the node is a chain of plain names: variables may be called so."""
     names: list[str] = []
@@ -87,6 +94,8 @@ def variable_name(node: Node, variables: Variables, local: Mapping[str, object])
     """The variable that the node names, if it names one; the variables of macros come first."""
     if isinstance(node, Ident):
         return node.name if node.name in variables and (node.absolute or node.name not in local) else None
+    if not isinstance(node, Select) or not any("." in each for each in variables):
+        return None
     name = dotted(node)
     if name is None or name not in variables:
         return None
@@ -99,6 +108,8 @@ def variable_name(node: Node, variables: Variables, local: Mapping[str, object])
 
 def type_name(node: Node) -> str | None:
     """The type that the node names (`int`, `google.protobuf.Duration`), if it names one."""
+    if isinstance(node, Select) and node.field not in _LAST_WORDS:
+        return None
     name = dotted(node)
     if name is None:
         return None
@@ -116,6 +127,7 @@ class Checker:
         self.variables = variables
         self.types: dict[int, Type] = {}
         """By id() of the node, for as long as the tree lives."""
+        self._zones: set[str] = set()
 
     def fault(self, at: int, message: str, remedy: str = "") -> FilterError:
         return FilterError(self.source, at, message, remedy)
@@ -215,8 +227,6 @@ class Checker:
         raise self.fault(node.at, f"{of} cannot be indexed")
 
     def call(self, at: int, name: str, args: tuple[Node, ...], local: Mapping[str, Type]) -> Type:
-        if name in NOT_YET:
-            raise self.fault(at, f"{name}() is not supported yet", NOT_YET[name])
         if name not in OVERLOADS:
             remedy = ""
             if name in MACROS or "." + name in OVERLOADS:
@@ -229,8 +239,6 @@ class Checker:
 
     def method(self, node: Method, local: Mapping[str, Type]) -> Type:
         name = node.name
-        if name in NOT_YET:
-            raise self.fault(node.at, f"{name}() is not supported yet", NOT_YET[name])
         if "." + name not in OVERLOADS:
             if name in OVERLOADS or name == "has":
                 raise self.fault(node.at, f"there is no method {name}()", f"It is a function: write {name}(value).")
@@ -240,20 +248,20 @@ class Checker:
         result = self.overload(node.at, "." + name, types)
         if len(node.args) == 1 and name.startswith("get") and isinstance(node.args[0], Literal):
             zone = node.args[0].value
+            self._zones.add(zone)
+            if len(self._zones) > MAX_ZONES:
+                raise self.fault(
+                    node.args[0].at, f"more than {MAX_ZONES} time zones", "Split the rule into several routes."
+                )
             if named_zone(zone) is None:
                 raise self.fault(node.args[0].at, f"there is no time zone {zone}", "Write Europe/Zurich or +02:00.")
         return result
 
     def overload(self, at: int, name: str, args: list[Type]) -> Type:
         """`name` with a leading dot is a method, whose first argument stands before the dot."""
-        fits = [
-            overload.result
-            for wanted, overload in OVERLOADS[name].items()
-            if len(wanted) == len(args)
-            and all(each.kind in ("dyn", want) for each, want in zip(args, wanted, strict=True))
-        ]
-        if fits:
-            return Type(fits[0]) if len(set(fits)) == 1 and name != "dyn" else DYN
+        result = _result(name, tuple([each.kind for each in args]))
+        if result is not None:
+            return Type(result)
         # said in words: "contains() does not go with int: it takes string.contains(string)"
         method = name.startswith(".")
         shown = sorted({self._signature(name, wanted) for wanted in OVERLOADS[name]})
@@ -351,6 +359,17 @@ class Checker:
             return Type("list", (self.of(node.body, inner),))
         self.want_bool(node.body, inner, f"the condition of {node.kind}()")
         return Type("list", (element,)) if node.kind == "filter" else BOOL
+
+
+@lru_cache(maxsize=2048)
+def _result(name: str, kinds: tuple[str, ...]) -> str | None:
+    """The type that a function gives for arguments of these types; None if it takes no such."""
+    fits = {
+        overload.result
+        for wanted, overload in OVERLOADS[name].items()
+        if len(wanted) == len(kinds) and all(given in ("dyn", want) for given, want in zip(kinds, wanted, strict=True))
+    }
+    return (fits.pop() if len(fits) == 1 else "dyn") if fits else None
 
 
 def _may_equal(a: Type, b: Type) -> bool:

@@ -5,14 +5,16 @@ with a constant, a field in a list of constants, chains of && and ||) have closu
 """
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from operator import ge, gt, le, lt
 from typing import Any, Final, Protocol, TypeAlias, assert_never
 
 from msgspec import UNSET, Struct
 
-from routing.cel.check import BOOL, DYN, Type, Variables, type_name, variable_name
+from routing.cel.check import BOOL, DYN, TIMESTAMP, Type, Variables, type_name, variable_name
 from routing.cel.errors import FilterError, FilterFault
-from routing.cel.functions import CONVERSIONS, OVERLOADS, date_part, named_zone
+from routing.cel.functions import CONVERSIONS, DATE_PARTS, OVERLOADS, date_part, named_zone
+from routing.cel.patterns import MAX_INSTRUCTIONS, Pattern, PatternFault, compile_pattern
 from routing.cel.syntax import (
     Binary,
     Call,
@@ -29,9 +31,10 @@ from routing.cel.syntax import (
     Node,
     Select,
     Unary,
-    nodes,
+    children,
 )
 from routing.cel.values import (
+    BYTES_PER_STEP_SHIFT,
     Scope,
     Timestamp,
     TypeName,
@@ -62,8 +65,19 @@ _MIRRORED: Final = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _ARITHMETIC: Final = {"+": add, "-": subtract, "*": multiply, "/": divide, "%": modulo}
 # integers that a double holds exactly: comparing with them needs no care about what lies beyond 64 bits
 _EXACT: Final = 2**53
-# an element that ended in a fault costs about this many steps more
-_FAULT_STEPS: Final = 8
+# a fault that an operator or a macro caught costs about this many steps more
+_FAULT_STEPS: Final = 16
+_LONG_TEXT: Final = 64
+
+
+# measured, 0.1 us each
+_LOOP_STEPS: Final = 2
+_CALL_STEPS: Final = {
+    **dict.fromkeys(("int", "uint", "double", "string", "bool", "bytes", "type"), 8),
+    **dict.fromkeys((*DATE_PARTS, "getMilliseconds"), 30),
+    "timestamp": 25,
+    "duration": 15,
+}
 
 
 class Field(Struct, frozen=True, gc=False):
@@ -97,18 +111,19 @@ Local: TypeAlias = Mapping[str, int]
 def document_path(node: Node, variables: Variables, local: Mapping[str, object]) -> tuple[str, tuple[str, ...]] | None:
     """The variable and the keys under it that `payload.a["b"].c` names; None for any other node."""
     keys: list[str] = []
-    while True:
-        name = variable_name(node, variables, local)
-        if name is not None:
+    long_names = any("." in name for name in variables)
+    while not isinstance(node, Ident):
+        if long_names and isinstance(node, Select) and (name := variable_name(node, variables, local)) is not None:
             return name, tuple(reversed(keys))
         if isinstance(node, Select):
             keys.append(node.field)
-            node = node.operand
         elif isinstance(node, Index) and isinstance(node.key, Literal) and isinstance(node.key.value, str):
             keys.append(node.key.value)
-            node = node.operand
         else:
             return None
+        node = node.operand
+    root = variable_name(node, variables, local)
+    return None if root is None else (root, tuple(reversed(keys)))
 
 
 class Compiler:
@@ -120,6 +135,9 @@ class Compiler:
         self.types = types
         self.locals = 0
         """How many variables of macros live at once, at most."""
+        self._instructions = 0
+        self._steps: dict[int, int] = {}
+        self._fixed: dict[int, bool] = {}
 
     def type_of(self, node: Node) -> Type:
         return self.types.get(id(node), DYN)
@@ -135,6 +153,8 @@ class Compiler:
             case Has():
                 return self.has(node, local)
             case Call():
+                if node.name == "matches" and len(node.args) == 2 and _text(node.args[1]) is not None:
+                    return self.matching(node.args[0], node.args[1], local)
                 return self.call(node, node.name, node.args, local)
             case Method():
                 return self.method(node, local)
@@ -169,12 +189,9 @@ class Compiler:
         return self.names.field(*path) if path is not None else None
 
     def member(self, node: Select | Index, local: Local) -> Code:
-        variable = variable_name(node, self.names.types, local)
-        if variable is not None:
-            return self.names.read(variable)
-        leaf = self.leaf(node, local)
-        if leaf is not None:
-            return _read(leaf)
+        path = document_path(node, self.names.types, local)
+        if path is not None:
+            return self.document(*path)
         if isinstance(node, Select):
             named = type_name(node)
             if named is not None:
@@ -183,6 +200,20 @@ class Compiler:
             return lambda scope: field(operand(scope), name)
         container, key = self.code(node.operand, local), self.code(node.key, local)
         return lambda scope: element(container(scope), key(scope))
+
+    def document(self, name: str, path: tuple[str, ...]) -> Code:
+        """What `path` leads to: at once where it was decoded by itself, else step by step from what holds it."""
+        leaf = self.names.field(name, path) if path else None
+        if leaf is not None:
+            return _read(leaf)
+        holder: Code | None = None
+        rest = 0
+        for end in range(1, len(path)):
+            found = self.names.field(name, path[:end])
+            if found is None:
+                break
+            holder, rest = _read(found), end
+        return _under(holder or self.names.read(name), path[rest:])
 
     def has(self, node: Has, local: Local) -> Code:
         path = document_path(node.operand, self.names.types, local)
@@ -203,7 +234,7 @@ class Compiler:
         shown = name.lstrip(".")
         if len(codes) == 1:
             only = codes[0]
-            by_kind = {wanted[0]: overload.run for wanted, overload in overloads.items() if len(wanted) == 1}
+            by_kind = _by_kind(name)
 
             def one(scope: Scope) -> Value:
                 value = only(scope)
@@ -241,6 +272,8 @@ class Compiler:
                 return self.date_part_in(node, argument.value, local)
             if node.name in ("startsWith", "endsWith", "contains"):
                 return self.text_test(node, argument.value, local)
+            if node.name == "matches":
+                return self.matching(node.operand, argument, local)
         return self.call(node, "." + node.name, (node.operand, *node.args), local)
 
     def date_part_in(self, node: Method, zone_name: str, local: Local) -> Code:
@@ -256,6 +289,38 @@ class Compiler:
             return part(scope, value)
 
         return run
+
+    def matching(self, over: Node, constant: Node, local: Local) -> Code:
+        """matches() with a pattern that is written in the expression: a wrong one is a fault of the text."""
+        pattern = self.pattern(constant)
+        operand, found = self.code(over, local), pattern.found
+
+        def run(scope: Scope) -> Value:
+            value = operand(scope)
+            if type(value) is not str:
+                raise FilterFault(f"matches() does not go with {kind(value)}")
+            return found(scope, value)
+
+        return run
+
+    def pattern(self, constant: Node) -> Pattern:
+        """Raises FilterError, at the part of the pattern that is wrong, where the text has it as it is."""
+        text = _text(constant)
+        assert text is not None
+        try:
+            pattern = compile_pattern(text)
+        except PatternFault as fault:
+            at = self.source.find(fault.part, constant.at) if fault.part else -1
+            raise FilterError(self.source, max(at, constant.at), fault.message, fault.remedy) from None
+        self._instructions += pattern.cost
+        if self._instructions > MAX_INSTRUCTIONS:
+            raise FilterError(
+                self.source,
+                constant.at,
+                "the patterns of this filter are too large together",
+                "Use smaller repetitions, and fewer, or split the rule into several routes.",
+            )
+        return pattern
 
     def text_test(self, node: Method, text: str, local: Local) -> Code:
         operand, name = self.code(node.operand, local), node.name
@@ -319,6 +384,8 @@ class Compiler:
             a, b = left(scope), right(scope)
             if type(a) is not type(b) or type(a) not in kinds:
                 ordered(shown, a, b)
+            elif type(a) is str and len(a) > _LONG_TEXT:
+                spend(scope, len(a) >> BYTES_PER_STEP_SHIFT)
             return compare(a, b)
 
         return run
@@ -385,24 +452,47 @@ class Compiler:
         return run
 
     def container(self, node: ListOf | MapOf, local: Local) -> Code:
+        if self.fixed(node):
+            # nothing changes a value once it is made: a constant one is made once
+            return self.folded(node, lambda scope: _made(node))
         if isinstance(node, ListOf):
             items = [self.code(item, local) for item in node.items]
+            return lambda scope: [item(scope) for item in items]
+        keys = [self.code(key, local) for key, _ in node.entries]
+        values = [self.code(value, local) for _, value in node.entries]
+        return lambda scope: make_map([key(scope) for key in keys], [value(scope) for value in values])
 
-            def code(scope: Scope) -> Value:
-                return [item(scope) for item in items]
-        else:
-            keys = [self.code(key, local) for key, _ in node.entries]
-            values = [self.code(value, local) for _, value in node.entries]
-
-            def code(scope: Scope) -> Value:
-                return make_map([key(scope) for key in keys], [value(scope) for value in values])
-
-        # nothing changes a value once it is made: a constant one is made once
-        if all(isinstance(each, (Literal, ListOf, MapOf)) for each in nodes(node)):
-            return self.folded(node, code)
-        return code
+    def fixed(self, node: Node) -> bool:
+        """Whether the node is a constant, or a list or a map of such."""
+        found = self._fixed.get(id(node))
+        if found is None:
+            inside = isinstance(node, (ListOf, MapOf)) and all(map(self.fixed, children(node)))
+            found = self._fixed[id(node)] = inside or isinstance(node, Literal)
+        return found
 
     # ------------------------------------------------------------ macros
+
+    def steps(self, body: Node) -> int:
+        """What working out `body` costs at most, without what grows with the values: that is spent as it is done."""
+        found = self._steps.get(id(body))
+        if found is None:
+            found = self._steps[id(body)] = self.own_steps(body) + sum(self.steps(child) for child in children(body))
+        return found
+
+    def own_steps(self, node: Node) -> int:
+        match node:
+            case Call() | Method():
+                return _CALL_STEPS.get(node.name, 4)
+            case Binary():
+                return 3
+            case Ident() if self.names.types.get(node.name) == TIMESTAMP:
+                return 20  # read from a text each time
+            case MapOf():
+                return 6 + 4 * len(node.entries)
+            case Literal():
+                return 1
+            case _:
+                return 2
 
     def macro(self, node: Macro, local: Local) -> Code:
         # the variable is set only after the list is worked out, which does not see it
@@ -412,7 +502,7 @@ class Compiler:
         inner = {**local, node.variable: position}
         body = self.code(node.body, inner)
         keep = self.code(node.keep, inner) if node.keep is not None else None
-        cost = sum(1 for _ in nodes(node.body)) + (sum(1 for _ in nodes(node.keep)) if node.keep is not None else 0)
+        cost = _LOOP_STEPS + self.steps(node.body) + (self.steps(node.keep) if node.keep is not None else 0)
         name = node.kind
 
         def elements(scope: Scope) -> list[Value]:
@@ -488,6 +578,18 @@ class Compiler:
 # ---------------------------------------------------------------- closures
 
 
+def _made(node: Node) -> Value:
+    """The value of a constant, or of a list or a map of such."""
+    match node:
+        case ListOf():
+            return [_made(item) for item in node.items]
+        case MapOf():
+            return make_map([_made(key) for key, _ in node.entries], [_made(value) for _, value in node.entries])
+        case Literal():
+            return node.value
+    raise AssertionError(node)
+
+
 def _constant(value: Value) -> Code:
     return lambda scope: value
 
@@ -510,6 +612,22 @@ def _read(leaf: Field) -> Code:
         if value is UNSET:
             raise fault(scope)
         return number(value) if type(value) is int else value
+
+    return run
+
+
+def _under(holder: Code, path: tuple[str, ...]) -> Code:
+    if not path:
+        return holder
+    if len(path) == 1:
+        (name,) = path
+        return lambda scope: field(holder(scope), name)
+
+    def run(scope: Scope) -> Value:
+        value = holder(scope)
+        for name in path:
+            value = field(value, name)
+        return value
 
     return run
 
@@ -599,6 +717,17 @@ def _text_in(leaf: Field, texts: frozenset[str]) -> Code:
     return run
 
 
+@lru_cache(maxsize=256)
+def _by_kind(name: str) -> Mapping[str, Callable[..., Value]]:
+    """What a function does with one argument, by the argument's type."""
+    return {wanted[0]: overload.run for wanted, overload in OVERLOADS[name].items() if len(wanted) == 1}
+
+
+def _text(node: Node) -> str | None:
+    """The text that a literal is."""
+    return node.value if isinstance(node, Literal) and isinstance(node.value, str) else None
+
+
 def _texts(node: Node) -> frozenset[str] | None:
     """The elements of a list of constant texts."""
     if not isinstance(node, ListOf):
@@ -611,6 +740,7 @@ def _logic_of_two(left: Code, right: Code, decisive: bool, sure: bool) -> Code:
     """`||` if `decisive`, else `&&`. `sure`: both sides give bools or faults."""
 
     def mend(fault: FilterFault, scope: Scope) -> Value:
+        spend(scope, _FAULT_STEPS)
         if right(scope) is decisive:
             return decisive
         raise fault
@@ -645,6 +775,7 @@ def _logic_of_many(codes: list[Code], decisive: bool) -> Code:
             try:
                 value = code(scope)
             except FilterFault as found:
+                spend(scope, _FAULT_STEPS)
                 fault = fault or found
                 continue
             if value is decisive:

@@ -8,12 +8,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
+from functools import lru_cache
 from typing import Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from msgspec import Struct
 
 from routing.cel.errors import FilterFault
+from routing.cel.patterns import matches
 from routing.cel.values import (
     BYTES_PER_STEP_SHIFT,
     MAX_INT,
@@ -98,6 +100,8 @@ def _double_of_int(scope: Scope, value: int) -> float:
 
 
 def _double_of_text(scope: Scope, value: str) -> float:
+    if len(value) <= _MAX_NUMBER_CHARACTERS:
+        spend(scope, len(value) >> 1)
     if len(value) > _MAX_NUMBER_CHARACTERS or _DOUBLE_TEXT.fullmatch(value) is None:
         raise FilterFault("double() of a text that is no number")
     return float(value)
@@ -200,6 +204,8 @@ def _timestamp_of_int(scope: Scope, value: int) -> Timestamp:
 
 
 def _duration_of_text(scope: Scope, value: str) -> Duration:
+    if len(value) <= _MAX_NUMBER_CHARACTERS:
+        spend(scope, len(value))
     match = _DURATION.fullmatch(value) if len(value) <= _MAX_NUMBER_CHARACTERS else None
     if match is None:
         raise FilterFault("duration() of a text that is not like 1h30m or 2.5s")
@@ -246,6 +252,7 @@ def fixed_zone(name: str) -> tzinfo | None:
     return timezone(-offset if match.group(1) == "-" else offset)
 
 
+@lru_cache(maxsize=64)
 def named_zone(name: str) -> tzinfo | None:
     """A zone of the IANA database, looked up when a filter is compiled; None if there is none of that name.
 
@@ -308,16 +315,31 @@ def _duration_millis(scope: Scope, value: Duration) -> int:
 # ---------------------------------------------------------------- texts
 
 
+# where one of these is exceeded, Python searches in linear time; below both, it may look at each part of the text once
+# for each character of what it searches
+_LONG_TEXT: Final = 30_000
+_LONG_PART: Final = 100
+_SHORT_TEXT: Final = 2_500
+
+
 def contains(scope: Scope, text: str, part: str) -> bool:
-    spend(scope, len(text) >> BYTES_PER_STEP_SHIFT)
+    length, sought = len(text), len(part)
+    steps = length >> BYTES_PER_STEP_SHIFT
+    if length < _SHORT_TEXT or (sought < _LONG_PART and length < _LONG_TEXT):
+        steps += max(0, length - sought) * sought >> 8
+    spend(scope, steps)
     return part in text
 
 
 def starts_with(scope: Scope, text: str, part: str) -> bool:
+    if len(part) > _LONG_PART:
+        spend(scope, len(part) >> BYTES_PER_STEP_SHIFT)
     return text.startswith(part)
 
 
 def ends_with(scope: Scope, text: str, part: str) -> bool:
+    if len(part) > _LONG_PART:
+        spend(scope, len(part) >> BYTES_PER_STEP_SHIFT)
     return text.endswith(part)
 
 
@@ -389,6 +411,8 @@ OVERLOADS: Final[dict[str, dict[tuple[str, ...], Overload]]] = {
     ".contains": {("string", "string"): Overload("bool", contains)},
     ".startsWith": {("string", "string"): Overload("bool", starts_with)},
     ".endsWith": {("string", "string"): Overload("bool", ends_with)},
+    ".matches": {("string", "string"): Overload("bool", matches)},
+    "matches": {("string", "string"): Overload("bool", matches)},
 }
 
 for _name in (*DATE_PARTS, "getMilliseconds"):
@@ -405,5 +429,3 @@ CONVERSIONS: Final = frozenset({"int", "uint", "double", "string", "bool", "byte
 TYPE_NAMES: Final = frozenset(_EVERY) - {"null", "timestamp", "duration"} | {"null_type"}
 # types whose names in the language are long
 LONG_TYPE_NAMES: Final = {"google.protobuf.Timestamp": "timestamp", "google.protobuf.Duration": "duration"}
-# known to the language, not yet to this compiler
-NOT_YET: Final = {"matches": "Write contains(), startsWith() or endsWith()."}

@@ -16,6 +16,11 @@ from routing.cel.values import MAX_INT, MAX_UINT, MIN_INT, UInt
 MAX_CHARACTERS: Final = 4096
 # brackets, braces and parentheses inside each other; the parser takes five Python frames for each
 MAX_NESTING: Final = 50
+# names, constants and operators; with them the time to compile is bounded
+MAX_NODES: Final = 1_000
+# with brackets, commas and dots
+MAX_TOKENS: Final = 2_000
+MAX_MACROS: Final = 100
 # levels of the tree: one Python frame each when it is evaluated
 MAX_DEPTH: Final = 100
 _SPLIT: Final = "Split the rule into several routes."
@@ -243,6 +248,8 @@ def _tokens(source: str) -> list[_Token]:
         if kind != "space":
             found.append(_Token(kind, match.group(), at))
         at = match.end()
+    if len(found) > MAX_TOKENS:
+        raise FilterError(source, found[MAX_TOKENS].at, f"more than {MAX_TOKENS} words and signs", _SPLIT)
     found.append(_Token("end", "", len(source)))
     return found
 
@@ -293,12 +300,15 @@ def _unquote(source: str, token: _Token) -> str | bytes:
 
 # ---------------------------------------------------------------- the grammar
 
-# binary operators by how tightly they bind, loosest first; all of them group from the left
-_LEVELS: Final = (
-    frozenset({"==", "!=", "<", "<=", ">", ">=", "in"}),
-    frozenset({"+", "-"}),
-    frozenset({"*", "/", "%"}),
-)
+# binary operators by how tightly they bind; all of them group from the left
+_BINDS: Final = {
+    **dict.fromkeys(("==", "!=", "<", "<=", ">", ">=", "in"), 0),
+    **dict.fromkeys(("+", "-"), 1),
+    **dict.fromkeys(("*", "/", "%"), 2),
+}
+_POSTFIX: Final = frozenset({".", "[", "{"})
+_CONSTANTS: Final = frozenset({"int", "double", "text"})
+_ENDS: Final = frozenset({",", "]", "}", ")", ":"})
 
 
 class _Parser:
@@ -307,6 +317,7 @@ class _Parser:
         self.tokens = _tokens(source)
         self.position = 0
         self.nesting = 0
+        self.macros = 0
 
     def fault(self, at: int, message: str, remedy: str = "") -> FilterError:
         return FilterError(self.source, at, message, remedy)
@@ -346,6 +357,9 @@ class _Parser:
         return node
 
     def expression(self) -> Node:
+        # long rules are mostly lists of constants
+        if self.tokens[self.position].kind in _CONSTANTS and self.tokens[self.position + 1].text in _ENDS:
+            return self.primary(None)
         self.nesting += 1
         if self.nesting > MAX_NESTING:
             raise self.fault(self.token.at, f"nested more than {MAX_NESTING} deep", _SPLIT)
@@ -369,22 +383,27 @@ class _Parser:
         operands: list[Node] = []
         while True:
             operands.append(self.logic("&&") if op == "||" else self.binary(0))
-            here = self.token.at
-            if not self.accept(op):
+            here = self.tokens[self.position]
+            if here.text != op or here.kind != "op":
                 break
-            at = here if at < 0 else at
+            self.position += 1
+            at = here.at if at < 0 else at
         return operands[0] if len(operands) == 1 else Logic(at, op, tuple(operands))
 
     def binary(self, level: int) -> Node:
-        if level == len(_LEVELS):
-            return self.unary()
-        node = self.binary(level + 1)
-        while self.token.text in _LEVELS[level] and self.token.kind in ("op", "name"):
-            operator = self.take()
-            node = Binary(operator.at, operator.text, node, self.binary(level + 1))
-        return node
+        """Operators that bind at least as tightly as `level`."""
+        node = self.unary()
+        while True:
+            operator = self.tokens[self.position]
+            binds = _BINDS.get(operator.text, -1)
+            if binds < level or operator.kind not in ("op", "name"):
+                return node
+            self.position += 1
+            node = Binary(operator.at, operator.text, node, self.binary(binds + 1))
 
     def unary(self) -> Node:
+        if self.tokens[self.position].text not in ("!", "-"):
+            return self.postfix(None)
         signs: list[_Token] = []
         while self.token.kind == "op" and self.token.text in ("!", "-"):
             signs.append(self.take())
@@ -403,7 +422,7 @@ class _Parser:
 
     def postfix(self, minus_at: int | None) -> Node:
         node = self.primary(minus_at)
-        while self.token.kind == "op":
+        while self.tokens[self.position].text in _POSTFIX and self.token.kind == "op":
             at = self.token.at
             if self.accept("."):
                 node = self.member(node)
@@ -439,6 +458,9 @@ class _Parser:
         variable = args[0]
         if not isinstance(variable, Ident) or variable.absolute:
             raise self.fault(args[0].at, f"{name.text}() takes a plain name first", f"Write .{name.text}(x, …).")
+        self.macros += 1
+        if self.macros > MAX_MACROS:
+            raise self.fault(name.at, f"more than {MAX_MACROS} macros", _SPLIT)
         kind = "exists_one" if name.text == "existsOne" else name.text
         return Macro(name.at, kind, over, variable.name, args[-1], args[1] if len(args) == 3 else None)
 
@@ -550,8 +572,12 @@ def parse(source: str) -> Node:
         raise FilterError(source, fault.start, "half a character (a lone surrogate)") from None
     root = _Parser(source).whole()
     level: Sequence[Node] = (root,)
+    count = 1
     for _ in range(MAX_DEPTH):
         level = [child for node in level for child in children(node)]
         if not level:
             return root
+        count += len(level)
+        if count > MAX_NODES:
+            raise FilterError(source, level[0].at, f"more than {MAX_NODES} names, constants and operators", _SPLIT)
     raise FilterError(source, level[0].at, f"more than {MAX_DEPTH} operations inside each other", _SPLIT)

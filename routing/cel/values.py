@@ -130,12 +130,12 @@ def equal(a: Value, b: Value, scope: Scope) -> bool:
     if kind_a is list:
         if len(a) != len(b):
             return False
-        spend(scope, len(a) + _CONTAINER_STEPS)
+        spend(scope, 2 * len(a) + _CONTAINER_STEPS)
         return all(equal(x, y, scope) for x, y in zip(a, b, strict=True))
     if kind_a is dict:
         if len(a) != len(b):
             return False
-        spend(scope, len(a) + _CONTAINER_STEPS)
+        spend(scope, 4 * len(a) + _CONTAINER_STEPS)
         return all(key in b and equal(value, b[key], scope) for key, value in a.items())
     if kind_a is str or kind_a is bytes:
         spend(scope, len(a) >> BYTES_PER_STEP_SHIFT)
@@ -154,9 +154,9 @@ def contained(item: Value, container: Value, scope: Scope) -> bool:
     """`item in container`: an element of a list, a key of a map."""
     if type(container) is list:
         if type(item) is str:
-            spend(scope, len(container) >> 4)
+            spend(scope, (len(container) >> 1) + (len(container) * len(item) >> BYTES_PER_STEP_SHIFT + 4))
             return item in container  # no other type equals a str
-        spend(scope, len(container))
+        spend(scope, 2 * len(container))
         return any(equal(item, element, scope) for element in container)
     if type(container) is dict:
         return _is_key(item) and map_key(item) in container

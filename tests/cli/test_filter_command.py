@@ -64,6 +64,25 @@ def test_events_of_a_file_come_as_json(tmp_path: Path) -> None:
     assert [each["result"] for each in shown["events"]] == ["match", "no match", "error"]
 
 
+def test_json_of_no_events_is_json_too() -> None:
+    result = run("true", "-f", "-", "--output", "json")
+    assert json.loads(result.stdout)["events"] == []
+    assert result.exit_code == 0
+
+
+def test_a_wrong_pattern_points_at_its_place() -> None:
+    result = run("payload.sku.matches(r'^[A-Z')")
+    assert (result.exit_code, result.stdout) == (1, "")
+    lines = result.stderr.splitlines()
+    assert lines[0] == "Error: line 1, column 24: the pattern has an error: missing ] `[A-Z`"
+    assert lines[2] == " " * 23 + "^"
+
+
+def test_the_help_shows_each_example_on_a_line_of_its_own() -> None:
+    lines = [line.strip() for line in run("--help").stdout.splitlines()]
+    assert "headgate filter 'has(payload.vip) && payload.vip' -f events.ndjson" in lines
+
+
 def test_a_line_that_is_no_event_is_named_and_exits_1() -> None:
     result = run("true", "-f", "-", stdin=b'{"eventType": "t", "payload": 1}\nnonsense\n{"eventType": "t"}\n')
     assert result.exit_code == 1

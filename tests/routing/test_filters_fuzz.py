@@ -39,6 +39,9 @@ PATHS = st.lists(KEYS, max_size=3).map(lambda keys: "payload" + "".join(f"[{json
 CONSTANTS = st.sampled_from(["0", "1", "-7", "1.0", "1.5", '"a"', '"1"', "true", "null", "[1, 'a']", "{'a': 1}", "1u"])
 
 
+PATTERNS = st.text("ab.*+?|()[]{}19\\\\^$é", max_size=8).map(lambda text: f"r'{text}'")
+
+
 def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     binary = st.sampled_from(["==", "!=", "<", "<=", ">", ">=", "&&", "||", "+", "-", "*", "/", "%", "in"])
     return (
@@ -49,6 +52,9 @@ def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         )
         | st.tuples(inner, st.sampled_from(["all", "exists", "exists_one", "map", "filter"]), inner).map(
             lambda t: f"({t[0]}).{t[1]}(x, {t[2]})"
+        )
+        | st.tuples(inner, st.sampled_from(["contains", "startsWith", "endsWith", "matches"]), inner | PATTERNS).map(
+            lambda t: f"({t[0]}).{t[1]}({t[2]})"
         )
         | st.tuples(inner, inner, inner).map(lambda t: f"({t[0]} ? {t[1]} : {t[2]})")
         | st.tuples(inner, inner).map(lambda t: f"({t[0]})[{t[1]}]")
