@@ -25,6 +25,10 @@ _SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "get": ("cli.get:group", "Show tenants, destinations or routes."),
         "filter": ("cli.filter:command", "Check a filter, and try it on events."),
     },
+    "Keep secret": {
+        "secrets": ("cli.secrets:group", "Rotate the signing secret of a destination."),
+        "keys": ("cli.keys:group", "Rotate keys; shred a tenant's key, and end a removed tenant."),
+    },
     "Run": {
         "worker": ("cli.worker:command", "Deliver events until SIGTERM."),
         "publish": ("cli.publish:command", "Publish events from a file or from stdin."),
@@ -35,8 +39,6 @@ _LATER: Final = {
     "trace": "what became of an event",
     "doctor": "checks of a deployment",
     "destinations": "hold a destination, or enable it again",
-    "secrets": "rotation of secrets",
-    "keys": "rotation and shredding of keys",
     "projector": "the API's projections",
     "api": "the admin and tenant API",
     "isolation": "proof of isolation",

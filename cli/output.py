@@ -15,6 +15,7 @@ import msgspec
 
 from config.document import DocumentError
 from config.kafka import KafkaFault
+from config.rotation import Refusal
 from config.settings import Settings, SettingsError, parse_duration_s
 from config.writer import Fenced
 from schemas.ids import DEFAULT_VENDOR, ExternalId, TenantRef, Vendor, external_id_problem, name_problem
@@ -76,7 +77,7 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (SettingsError, DocumentError, KafkaFault, Fenced) as fault:
+        except (SettingsError, DocumentError, KafkaFault, Fenced, Refusal) as fault:
             raise click.ClickException(str(fault)) from None
 
     return wrapped

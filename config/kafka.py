@@ -6,7 +6,7 @@ For what runs once and answers a person. Workers have clients of their own.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -83,9 +83,12 @@ def read_to_end(
     topics: Sequence[str],
     group: str,
     starts: Callable[[Consumer, list[TopicPartition]], list[TopicPartition]] = lambda _, partitions: partitions,
+    *,
+    isolation: Literal["read_committed", "read_uncommitted"] = "read_committed",
 ) -> Iterator[Message]:
     """Every committed record of the topics, from the earliest to the end; topics that do not exist are empty.
 
+    Read uncommitted also has what a transaction wrote that ended in nothing, for whoever asks what lies on the disk.
     Records of a partition come in its order. No group is joined and nothing is committed: `group` only names the
     reader. `starts` may move the partitions' first offsets, and leave some out. Raises `KafkaFault`, also where nothing
     comes for 30 s.
@@ -99,7 +102,7 @@ def read_to_end(
                 "enable.auto.commit": False,
                 "enable.auto.offset.store": False,
                 "auto.offset.reset": "earliest",
-                "isolation.level": "read_committed",
+                "isolation.level": isolation,
                 "enable.partition.eof": True,
                 "fetch.wait.max.ms": 50,
                 "fetch.error.backoff.ms": 50,

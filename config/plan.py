@@ -259,7 +259,7 @@ def _refuse_what_is_kept(document: Document, current: Current, creation: Creatio
             if entry.topics is not None and entry.topics != has:
                 refuse("topics", f"this tenant's topics are {has} for good", f"write {has} or leave it out")
             if record.state == "deleting":
-                refuse("externalId", "this tenant is being deleted", "apply again once that has ended")
+                refuse("externalId", "this tenant is being deleted", "run `headgate keys shred` to its end, then apply")
             continue
         slug = entry.slug or default_slug(entry.external_id)
         owner = owners.setdefault(slug, entry.external_id)
@@ -410,7 +410,7 @@ class _Work:
                 fresh = self._sealed(vault, entry.id, field, given[field])
                 replaced = (one for one in live if not _is_value(vault, entry.id, field, one, given[field]))
                 overlap = overlaps(kind.secrets, field)
-                result[field] = (fresh, *(_overlapping(replaced, self._now_ms) if overlap else ()))
+                result[field] = (fresh, *(overlapping(replaced, self._now_ms, OVERLAP_MS) if overlap else ()))
                 note = ("rotated, the old one stays valid for 24 h" if overlap else "replaced") if live else ""
                 self._line("~" if live else "+", "secret", ref, path, note)
             elif live:
@@ -424,17 +424,16 @@ class _Work:
         return result
 
     def _sealed(self, vault: Vault, destination: DestinationId, field: str, value: str) -> SealedSecret:
-        sealed = vault.seal(PURPOSE_SECRET, destination, field, value.encode())
-        return SealedSecret(sealed, self._now_ms, 0, vault.secret_print(destination, field, value))
+        return seal_secret(vault, destination, field, value, self._now_ms)
 
     def _vault(self, ref: TenantRef, known: CurrentTenant | None) -> tuple[Vault, Mapping[int, WrappedKey]]:
         """The tenant's vault and wrapped keys; a new key is written where it has none. Raises SettingsError."""
         if known is not None and known.record.keyVersion in known.keys:
-            opened = {version: _unwrapped(self._master, ref, key) for version, key in known.keys.items()}
+            opened = {version: unwrapped(self._master, ref, key) for version, key in known.keys.items()}
             return Vault(ref, opened, known.record.keyVersion), known.keys
         version = 1 if known is None else 1 + max(known.record.keyVersion, known.shredded_through)
         if not self._proven:
-            _refuse_foreign_master(self._master, self._vendor, self._current)
+            refuse_foreign_master(self._master, self._vendor, self._current)
             self._proven = True
         data_key = new_data_key()
         wrapped = self._master.wrap(ref, version, data_key)
@@ -486,7 +485,8 @@ class _Work:
         self.writes.append(Write(topic, key.encode(), encode_control(record)))
 
 
-def _unwrapped(master: MasterKeys, ref: TenantRef, key: WrappedKey) -> bytes:
+def unwrapped(master: MasterKeys, ref: TenantRef, key: WrappedKey) -> bytes:
+    """The data key. Raises SettingsError where no given master key opens it."""
     try:
         return master.unwrap(ref, key)
     except Unsealable as fault:
@@ -499,7 +499,7 @@ def _unwrapped(master: MasterKeys, ref: TenantRef, key: WrappedKey) -> bytes:
         ) from None
 
 
-def _refuse_foreign_master(master: MasterKeys, vendor: Vendor, current: Current) -> None:
+def refuse_foreign_master(master: MasterKeys, vendor: Vendor, current: Current) -> None:
     """Raises SettingsError where the master keys show not to be those of this deployment.
 
     A worker ends where it cannot open a data key, so one that a foreign master key has wrapped would end all of them.
@@ -533,10 +533,18 @@ def _is_value(vault: Vault, destination: DestinationId, field: str, secret: Seal
     return secret.print == vault.secret_print(destination, field, value, sealed.key_version)
 
 
-def _overlapping(live: Iterable[SealedSecret], now_ms: int) -> Iterator[SealedSecret]:
+def seal_secret(
+    vault: Vault, destination: str, field: str, value: str, made_ms: int, until_ms: int = 0
+) -> SealedSecret:
+    """A live value of a secret field, sealed with the tenant's current key."""
+    sealed = vault.seal(PURPOSE_SECRET, destination, field, value.encode())
+    return SealedSecret(sealed, made_ms, until_ms, vault.secret_print(destination, field, value))
+
+
+def overlapping(live: Iterable[SealedSecret], now_ms: int, overlap_ms: int) -> Iterator[SealedSecret]:
     """The values that a new one replaces, as long as they still count."""
     for secret in live:
-        until_ms = min(secret.until_ms or now_ms + OVERLAP_MS, now_ms + OVERLAP_MS)
+        until_ms = min(secret.until_ms or now_ms + overlap_ms, now_ms + overlap_ms)
         if until_ms > now_ms:
             yield msgspec.structs.replace(secret, until_ms=until_ms)
 

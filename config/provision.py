@@ -153,6 +153,32 @@ def _chunks(items: Sequence[Any]) -> Iterator[tuple[int, Sequence[Any]]]:
         yield start, items[start : start + CHUNK]
 
 
+def delete_topics(kafka: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Deletes those that are there, and returns their names. Raises `KafkaFault`."""
+    admin, _ = connected_admin(kafka)
+    deleted = []
+    for name, error in _outcomes(admin.delete_topics(list(names), request_timeout=REQUEST_TIMEOUT_S)):
+        if error is None:
+            deleted.append(name)
+        elif error.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+            raise explain(error, f"delete topic {name}", kafka)
+    return tuple(deleted)
+
+
+def topic_settings(kafka: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The settings in force of one topic; empty where this user may not describe them. Raises `KafkaFault`."""
+    admin, _ = connected_admin(kafka)
+    asked = ConfigResource(ResourceType.TOPIC, name)
+    try:
+        found = admin.describe_configs([asked], request_timeout=REQUEST_TIMEOUT_S)[asked].result()
+    except KafkaException as exception:
+        error = error_of(exception)
+        if error.code() in DENIED:
+            return {}
+        raise explain(error, f"read the settings of topic {name}", kafka) from None
+    return {setting: entry.value for setting, entry in found.items() if entry.value is not None}
+
+
 def topic_ids(kafka: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     """The first 8 hex digits of each topic's id: what tells a topic that was made anew from the one before it."""
     admin, _ = connected_admin(kafka)

@@ -195,8 +195,7 @@ class Registry:
             case WrappedKey():
                 return self._take_key(ref, known, key, record, topic)
             case ShreddedMarker():
-                known.shredded_through = record.keyVersion
-                return self._rekey(ref, known)
+                return self._shredded(ref, known, record.keyVersion)
             case DisabledRecord():
                 known.disabled[key.id] = record
                 return self._able(ref, known, DestinationId(key.id))
@@ -221,9 +220,7 @@ class Registry:
         if known.record is not None and record.configVersion < known.record.configVersion:
             return None  # versions only rise: the topic is being read again from an earlier place
         known.record = record
-        known.missing = {
-            text for text, version in _needed(ref, record).items() if _version(known.parts.get(text)) != version
-        }
+        known.missing = _missing(ref, known, record)
         return self._swap(ref, known) if known.whole else None
 
     def _take_part(self, ref: TenantRef, known: _Known, text: str, part: Part) -> TenantRef | None:
@@ -267,15 +264,24 @@ class Registry:
                 known.disabled.pop(key.id, None)
                 return self._able(ref, known, DestinationId(key.id))
             case "shredded":
-                known.shredded_through = 0
-                return self._rekey(ref, known)
+                return self._shredded(ref, known, 0)
         part = known.parts.pop(text, None)
-        if part is not None and known.record is not None and _needed_version(ref, known.record, text) is not None:
-            known.missing.add(text)
+        if known.record is not None:
+            known.missing = _missing(ref, known, known.record)
         if isinstance(part, WrappedKey):
             known.data_keys.pop(part.version, None)
             return self._rekey(ref, known)
         return None
+
+    def _shredded(self, ref: TenantRef, known: _Known, through: int) -> TenantRef | None:
+        """A key that is gone for good is not waited for: the tenant's record can take effect without it."""
+        known.shredded_through = through
+        record = known.record
+        if record is not None:
+            known.missing = _missing(ref, known, record)
+            if known.whole and (known.snapshot is None or known.snapshot.config_version != record.configVersion):
+                return self._swap(ref, known)
+        return self._rekey(ref, known)
 
     # ---------------------------------------------------------------- snapshots
 
@@ -352,6 +358,16 @@ def _key_text(ref: TenantRef, version: int) -> str:
 def _needed(ref: TenantRef, record: TenantRecord) -> dict[str, int]:
     """The parts that a record names; its key counts as one, whether it is listed or not."""
     return {_key_text(ref, record.keyVersion): record.keyVersion, **record.parts}
+
+
+def _missing(ref: TenantRef, known: _Known, record: TenantRecord) -> set[str]:
+    """What a record names and is not there in that version, without the keys that a marker says are gone."""
+    return {
+        text
+        for text, version in _needed(ref, record).items()
+        if _version(known.parts.get(text)) != version
+        and not (version <= known.shredded_through and text == _key_text(ref, version))
+    }
 
 
 def _needed_version(ref: TenantRef, record: TenantRecord, text: str) -> int | None:

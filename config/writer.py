@@ -1,6 +1,6 @@
-"""The control plane's pen: reads what the compacted topics hold and writes an apply as one Kafka transaction.
+"""The control plane's pen: reads what the compacted topics hold and writes a change as one Kafka transaction.
 
-Owns that an apply is whole or not at all, and that of two at a time one wins (ADR 0007).
+Owns that an apply, a rotation or a shredding is whole or not at all, and that of two at a time one wins (ADR 0007).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,11 +48,15 @@ def _records(kafka: Mapping[str, Any], topics: Topics, names: Sequence[str]) -> 
 class Writer:
     """The right to write one vendor's part of the control plane, from `with` on until another writer takes it.
 
-    Take it before reading the current state: what is read then cannot be changed by another apply that this one does
-    not notice. Raises `Fenced` where another has taken it, `KafkaFault` where Kafka does not serve.
+    Take it before reading the current state: what is read then cannot be changed by another writer that this one does
+    not notice. `command` is what to run again if this one fails. Raises `Fenced` where another has taken it,
+    `KafkaFault` where Kafka does not serve.
     """
 
-    def __init__(self, kafka: Mapping[str, Any], topics: Topics, vendor: Vendor) -> None:
+    def __init__(
+        self, kafka: Mapping[str, Any], topics: Topics, vendor: Vendor, command: str = "headgate apply"
+    ) -> None:
+        self._command = command
         self._kafka = kafka
         self._topics = topics
         self._vendor = vendor
@@ -144,8 +148,8 @@ class Writer:
                     raise
                 if not error.retriable() or monotonic() > deadline:
                     raise KafkaFault(
-                        f"the broker did not say whether the configuration was committed ({error.str()}); "
-                        "run `headgate apply` again: it writes what is missing, or says that there are no changes"
+                        f"the broker did not say whether the change was committed ({error.str()}); "
+                        f"run `{self._command}` again: it goes on from what the topics hold then"
                     ) from None
 
     def _abort(self, producer: Producer) -> None:
@@ -158,8 +162,8 @@ class Writer:
         error = error_of(cause) if isinstance(cause, KafkaException) else cause
         if error.code() in _FENCED:
             return Fenced(
-                f"another `headgate apply` of vendor {self._vendor} began after this one and goes first; "
-                "nothing of this one was written: run it again once the other has ended"
+                f"another change of vendor {self._vendor} by `headgate` began after this one and goes first; "
+                f"nothing of this one was written: run `{self._command}` again once the other has ended"
             )
         return explain(error, doing, self._kafka, self._faults)
 

@@ -12,6 +12,7 @@ MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
 FEW: Final = 4
 RECORD_SLACK_BYTES: Final = 64 * 1024
+COMPACTION_MS: Final = 10 * MINUTE_MS
 
 
 class Topics(Struct, frozen=True):
@@ -115,8 +116,8 @@ def _compacted(name: str, max_bytes: int) -> TopicSpec:
         1,
         {
             "cleanup.policy": "compact",
-            "segment.ms": str(10 * MINUTE_MS),
-            "max.compaction.lag.ms": str(10 * MINUTE_MS),
+            "segment.ms": str(COMPACTION_MS),
+            "max.compaction.lag.ms": str(COMPACTION_MS),
             "min.cleanable.dirty.ratio": "0.01",
             "retention.bytes": "-1",
             "max.message.bytes": str(max_bytes),

@@ -74,7 +74,9 @@ class CompiledTenant:
         self.routes_events = tenant.state == "active" and self.can_seal
         self.config_version = tenant.config_version
         self.log_events = tenant.payload_mode != "private"
-        self.destinations = tenant.destinations if tenant.state == "active" else {}
+        # without its key there are none: their connectors are closed, and what waits for them is dropped as `shredded`
+        shredded = 0 < tenant.key_version <= tenant.shredded_through
+        self.destinations = tenant.destinations if tenant.state == "active" and not shredded else {}
         self.table = RouteTable.build(routes)
         self.named_types = {text for route in tenant.routes for text in route.types if "*" not in text}
         self.prefix = parts(tenant.ref.vendor, tenant.ref.tenant)

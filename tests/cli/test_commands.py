@@ -242,7 +242,7 @@ def test_of_two_writers_the_later_one_wins_and_the_first_writes_nothing(shell: S
         first.current()
         shell.apply(CONFIGURATION.replace("Acme Ltd", "Second"))
         before = shell.records(topics.control)
-        with pytest.raises(Fenced, match="another `headgate apply` of vendor default began after this one"):
+        with pytest.raises(Fenced, match="another change of vendor default by `headgate` began after this one"):
             first.write([Write("control", b"tenant/default/acme/", b"{}")], 1_000_000)
     assert shell.records(topics.control) == before
     assert shell.tenant(ACME).name == "Second"
