@@ -14,6 +14,7 @@ import click
 import msgspec
 from msgspec import Struct
 
+from cli.completion import files
 from cli.output import asks, load_settings, opened, output_option, printable, say, show_json, told
 from config.document import Document, Objection, Rules, parse_document
 from config.plan import Creation, Plan, make_plan
@@ -130,7 +131,15 @@ RULES: Final = Rules(KINDS, LATER, _check_where, _check_pattern, _check_redact)
 
 
 @click.command()
-@click.option("-f", "--file", "file", required=True, metavar="FILE", help="The configuration, YAML; - for stdin.")
+@click.option(
+    "-f",
+    "--file",
+    "file",
+    required=True,
+    metavar="FILE",
+    shell_complete=files,
+    help="The configuration, YAML; - for stdin.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and touch nothing.")
 @click.option("--prune", is_flag=True, help="Remove the vendor's tenants that are not in the file.")
 @click.option("--yes", is_flag=True, help="Do not ask before removing tenants.")

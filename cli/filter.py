@@ -8,6 +8,7 @@ import click
 import msgspec
 from msgspec import Struct
 
+from cli.completion import files
 from cli.output import opened, output_option, printable, say, show_json
 from routing.filters import FilterError, FilterFault, compile_filter
 from schemas.event import Event, Problem, decode_event
@@ -55,7 +56,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 @click.command()
 @click.argument("expression", metavar="EXPR")
-@click.option("-f", "--file", "file", metavar="FILE", help="One JSON event a line; - for stdin.")
+@click.option("-f", "--file", "file", metavar="FILE", shell_complete=files, help="One JSON event a line; - for stdin.")
 @output_option
 def command(expression: str, file: str | None, output: str) -> None:
     """Check a filter (the `where` of a route), and try it on events.

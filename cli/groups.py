@@ -13,7 +13,7 @@ class Group(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+        if not ctx.resilient_parsing and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             shown = [name for name, command in self.commands.items() if not command.hidden]
             refuse_command(ctx, args[0], shown)
         return super().resolve_command(ctx, args)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from cli.groups import refuse_command
 from cli.later import later
@@ -24,6 +25,7 @@ _SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "apply": ("cli.apply:command", "Make the tenants what a file says, all or nothing."),
         "get": ("cli.get:group", "Show tenants, destinations or routes."),
         "filter": ("cli.filter:command", "Check a filter, and try it on events."),
+        "destinations": ("cli.destinations:group", "Hold a destination, or enable it again."),
     },
     "Keep secret": {
         "secrets": ("cli.secrets:group", "Rotate the signing secret of a destination."),
@@ -32,13 +34,15 @@ _SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "Run": {
         "worker": ("cli.worker:command", "Deliver events until SIGTERM."),
         "publish": ("cli.publish:command", "Publish events from a file or from stdin."),
+        "trace": ("cli.trace:command", "What became of an event: routes, attempts, where it is now."),
         "dlq": ("cli.dlq:group", "Look at dead letters, send them again, or drop them."),
+        "doctor": ("cli.doctor:command", "Check a deployment, and say what to do."),
+    },
+    "Shell": {
+        "completion": ("cli.completion:command", "Completion for bash, zsh or fish."),
     },
 }
 _LATER: Final = {
-    "trace": "what became of an event",
-    "doctor": "checks of a deployment",
-    "destinations": "hold a destination, or enable it again",
     "projector": "the API's projections",
     "api": "the admin and tenant API",
     "isolation": "proof of isolation",
@@ -85,9 +89,15 @@ class Sections(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if not name.startswith("-") and name not in _COMMANDS and name not in _LATER:
+        if not ctx.resilient_parsing and not name.startswith("-") and name not in _COMMANDS and name not in _LATER:
             refuse_command(ctx, name, list(_COMMANDS))
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Without importing the commands: a key press waits for it."""
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        return [CompletionItem(name, help=text) for name, (_, text) in _COMMANDS.items() if name.startswith(incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for title, commands in _SECTIONS.items():

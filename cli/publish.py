@@ -14,6 +14,7 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from msgspec import Struct
 
+from cli.completion import files
 from cli.output import load_settings, opened, output_option, say, show_json, tenant_option, told, vendor_option
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain
@@ -185,7 +186,15 @@ class _Publisher:
 
 
 @click.command()
-@click.option("-f", "--file", "file", required=True, metavar="FILE", help="One JSON event a line; - for stdin.")
+@click.option(
+    "-f",
+    "--file",
+    "file",
+    required=True,
+    metavar="FILE",
+    shell_complete=files,
+    help="One JSON event a line; - for stdin.",
+)
 @click.option("--rate", metavar="RATE", help="At most so many: 100/s, 600/m.")
 @tenant_option("Whose events, where the lines do not say it (customerExternalId).")
 @vendor_option

@@ -85,10 +85,14 @@ def read_to_end(
     starts: Callable[[Consumer, list[TopicPartition]], list[TopicPartition]] = lambda _, partitions: partitions,
     *,
     isolation: Literal["read_committed", "read_uncommitted"] = "read_committed",
+    total: Callable[[int], None] | None = None,
 ) -> Iterator[Message]:
     """Every committed record of the topics, from the earliest to the end; topics that do not exist are empty.
 
     Read uncommitted also has what a transaction wrote that ended in nothing, for whoever asks what lies on the disk.
+    With `total`, which is told how many offsets that are, the end is where it was at the start, however much is written
+    meanwhile.
+
     Records of a partition come in its order. No group is joined and nothing is committed: `group` only names the
     reader. `starts` may move the partitions' first offsets, and leave some out. Raises `KafkaFault`, also where nothing
     comes for 30 s.
@@ -122,17 +126,29 @@ def read_to_end(
             if not partitions:
                 return
             assigned = starts(consumer, partitions)
+            ends: dict[tuple[str, int], int] = {}
+            if total is not None:
+                offsets = 0
+                for part in assigned:
+                    first, end = consumer.get_watermark_offsets(part, CONNECT_TIMEOUT_S)
+                    ends[part.topic, part.partition] = end
+                    offsets += 0 if part.offset < 0 else max(0, end - max(first, part.offset))
+                total(offsets)
             consumer.assign(assigned)
         except KafkaException as exception:
             consumer.poll(0)  # hands over what the client complained of
             raise explain(error_of(exception), "reach Kafka", kafka, faults) from None
-        yield from _until_end(consumer, {(p.topic, p.partition) for p in assigned}, kafka, faults)
+        yield from _until_end(consumer, {(p.topic, p.partition) for p in assigned}, ends, kafka, faults)
     finally:
         consumer.close()
 
 
 def _until_end(
-    consumer: Consumer, open_ends: set[tuple[str, int]], kafka: Mapping[str, Any], faults: list[str]
+    consumer: Consumer,
+    open_ends: set[tuple[str, int]],
+    ends: Mapping[tuple[str, int], int],
+    kafka: Mapping[str, Any],
+    faults: list[str],
 ) -> Iterator[Message]:
     deadline = monotonic() + STALL_TIMEOUT_S
     while open_ends:
@@ -149,7 +165,17 @@ def _until_end(
         for message in (first, *consumer.consume(1000, 0)):
             error = message.error()
             if error is None:
-                yield message
+                at = (message.topic() or "", message.partition() or 0)
+                end = ends.get(at)
+                if end is None:
+                    yield message
+                    continue
+                offset = message.offset() or 0
+                if offset < end:
+                    yield message
+                if offset + 1 >= end and at in open_ends:  # an end that is a transaction's mark shows as EOF below
+                    open_ends.discard(at)
+                    consumer.pause([TopicPartition(*at)])
             elif error.code() == KafkaError._PARTITION_EOF:
                 open_ends.discard((message.topic(), message.partition()))
             elif not error.retriable() and error.code() not in _UNREACHABLE:

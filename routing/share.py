@@ -26,10 +26,12 @@ lanes that hang fill their part of it, a quarter of what is left of N. So N shou
 destinations that may hang at the same time.
 """
 
+from math import ceil
 from typing import Final
 
 SLOW_S: Final = 0.5
 BURST_S: Final = 0.15
+LEASE_S: Final = 0.2  # so much of a shared rate is leased ahead
 
 
 class Seat:
@@ -195,3 +197,42 @@ class Rate:
     def ready_at(self, now: float) -> float:
         """When the next one may start: `now` or later."""
         return max(now, self._paid_at - BURST_S)
+
+
+class SharedRate:
+    """A destination's rate across workers: starts are paid for with tokens that were leased ahead.
+
+    Who leases is not here: `wanted` says how many tokens would do, `grant` brings some, and `alone` says that nobody
+    can be asked: then this worker keeps to its part of the rate by itself, until tokens come again.
+    """
+
+    __slots__ = ("_alone", "_most", "_tokens", "per_s")
+
+    def __init__(self, per_s: float) -> None:
+        self.per_s = per_s
+        self._tokens = 1  # so that the first one waits for no lease
+        self._most = ceil(per_s * LEASE_S)
+        self._alone: Rate | None = None
+
+    def take(self, now: float) -> bool:
+        """Whether one more may start now; takes it if so."""
+        if self._alone is not None:
+            return self._alone.take(now)
+        if not self._tokens:
+            return False
+        self._tokens -= 1
+        return True
+
+    @property
+    def wanted(self) -> int:
+        return self._most - self._tokens
+
+    def grant(self, tokens: int) -> None:
+        self._alone = None
+        self._tokens = min(self._most, self._tokens + tokens)
+
+    def alone(self, workers: int) -> None:
+        """One of so many workers that share the rate without asking."""
+        if self._alone is None:
+            self._alone = Rate(self.per_s / max(1, workers))
+            self._tokens = 0

@@ -70,6 +70,20 @@ def delivery_key(tenant: TenantRef, destination: DestinationId) -> bytes:
     return f"{percent(tenant.tenant)}/{destination}".encode()
 
 
+def partition_of(key: bytes, partitions: int) -> int:
+    """The partition that Kafka's own clients, and our producers, give a key: murmur2, as Java's does."""
+    multiplier, mask = 0x5BD1E995, 0xFFFFFFFF
+    at, whole = 0x9747B28C ^ len(key), len(key) & ~3
+    for start in range(0, whole, 4):
+        word = int.from_bytes(key[start : start + 4], "little") * multiplier & mask
+        word = (word ^ word >> 24) * multiplier & mask
+        at = (at * multiplier & mask) ^ word
+    if rest := key[whole:]:
+        at = (at ^ int.from_bytes(rest, "little")) * multiplier & mask
+    at = (at ^ at >> 13) * multiplier & mask
+    return ((at ^ at >> 15) & 0x7FFFFFFF) % partitions
+
+
 def record_bytes(max_event_bytes: int) -> int:
     """What every topic but ingress takes, and every producer of ours sends: what replaces a record always fits."""
     return 2 * (max_event_bytes + RECORD_SLACK_BYTES)

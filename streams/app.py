@@ -38,6 +38,7 @@ from streams.control import ControlReader
 from streams.health import Health
 from streams.ingress import Router
 from streams.lanes import Lanes, LaneSettings
+from streams.leases import Leases
 from streams.ledger import Ledger
 from streams.metrics import Metrics, registry_for
 from streams.outbox import Outbox
@@ -142,6 +143,7 @@ class Worker:
             tasks = [
                 loop.create_task(self._router.rounds(), name="rounds"),
                 loop.create_task(self._watch(), name="watch"),
+                loop.create_task(self._leases.run(), name="leases"),
             ]
             for task in tasks:
                 task.add_done_callback(self._task_ended)
@@ -219,6 +221,7 @@ class Worker:
             released=lanes.release,
         )
         prefix = settings.topics.prefix
+        self._leases = Leases(lanes, self._ledger, prefix, self._name)
         self._tenants = Tenants(self._registry, lanes, self._metrics, prefix, self._reader.read_to_end)
         max_unknown_bytes = worker.memory_budget_bytes // 4
         retries = Retries(

@@ -22,7 +22,7 @@ from connectors.contract import Connector, Direct, Feed
 from connectors.egress import Egress
 from connectors.registry import KINDS
 from routing.breaker import Breaker
-from routing.share import SLOW_S, Rate, Seat, Share
+from routing.share import SLOW_S, Seat, Share, SharedRate
 from schemas.ids import DestinationId
 from schemas.outcome import Outcome
 from streams.flight import Flight
@@ -104,6 +104,7 @@ class Lane:
         self.connector: Direct | None = None
         self.secrets_until_ms = 0
         self.removed = False
+        self.rate: SharedRate | None = None
         self.configure(owner, destination)
 
     def configure(self, owner: "CompiledTenant", destination: Destination) -> Direct | None:
@@ -122,7 +123,8 @@ class Lane:
         self.record = destination.record
         self.disabled = destination.disabled
         rate = self.record.limits.rate_per_s
-        self.rate = Rate(rate) if rate else None
+        if self.rate is None or self.rate.per_s != rate:
+            self.rate = SharedRate(rate) if rate else None
         return old
 
     def completed(self, now: float) -> None:
@@ -147,6 +149,7 @@ class Lanes:
         self._flights: dict[str, Flight] = {}
         self._ring: deque[Lane] = deque()
         self._rated: list[Lane] = []  # ready, but their rate lets nothing through before the next tick
+        self._leasing: dict[Lane, None] = {}  # that have used their rate, or tried to, since leases were last asked for
         self._denied: deque[Lane] = deque()  # ready, nothing in flight, and the share lets them start nothing now
         self._waiting: dict[Lane, None] = {}  # lanes with a queue
         self._young: dict[int, Flight] = {}  # in the order of their start, until they end or are slow
@@ -330,6 +333,18 @@ class Lanes:
             for flight in self._take_all(fullest):
                 self._settle.park(flight, "memory")
 
+    def leasing(self) -> list[Lane]:
+        """The lanes with a rate that have used it, or tried to, since the last call."""
+        lanes = [lane for lane in self._leasing if lane.rate is not None and not lane.removed]
+        self._leasing.clear()
+        return lanes
+
+    def leased(self) -> None:
+        """Rates may let more through than before."""
+        self._ring.extend(self._rated)
+        self._rated.clear()
+        self.pump()
+
     # ---------------------------------------------------------------- starting attempts
 
     def pump(self) -> None:
@@ -352,9 +367,11 @@ class Lanes:
                 else:
                     self._denied.append(lane)
                 continue
-            if lane.rate is not None and not lane.rate.take(now):
-                self._rated.append(lane)
-                continue
+            if lane.rate is not None:
+                self._leasing[lane] = None
+                if not lane.rate.take(now):
+                    self._rated.append(lane)
+                    continue
             if not lane.breaker.take(now):
                 lane.ready = False
                 until_ms = _wall_ms(lane.breaker.open_until - now)

@@ -15,6 +15,7 @@ import redis.asyncio
 import structlog
 from redis.exceptions import NoScriptError, RedisError
 
+from routing.share import LEASE_S
 from schemas.ids import TenantRef, base32, digest, parts
 
 log = structlog.get_logger()
@@ -58,6 +59,38 @@ for i = 1, #k do
   end
 end
 return 1
+"""
+
+# Tokens of rates, as GCRA: each key holds the time (us, Redis's clock) up to which all that was given is paid for; no
+# more is given ahead of now than `ahead`. Answers the number of tokens a key, of as many as were asked for.
+_LEASE: Final = """
+local a = cmsgpack.unpack(ARGV[1])
+local k, n, every, ahead = a[1], a[2], a[3], a[4]
+local t = redis.call('TIME')
+local now = t[1] * 1000000 + t[2]
+local r = {}
+for i = 1, #k do
+  local paid = tonumber(redis.call('GET', k[i]) or 0)
+  if paid < now then paid = now end
+  local free = math.floor((now + ahead - paid) / every[i]) + 1
+  local given = math.max(0, math.min(n[i], free))
+  if given > 0 then
+    paid = paid + given * every[i]
+    redis.call('SET', k[i], string.format('%.0f', paid), 'PX', math.ceil((paid - now) / 1000) + 1000)
+  end
+  r[i] = given
+end
+return r
+"""
+
+# Who is there: a worker says so, and hears how many have within so many seconds.
+_COUNT: Final = """
+local a = cmsgpack.unpack(ARGV[1])
+local t = redis.call('TIME')
+redis.call('ZADD', a[1], t[1], a[2])
+redis.call('ZREMRANGEBYSCORE', a[1], 0, t[1] - a[3])
+redis.call('EXPIRE', a[1], a[3])
+return redis.call('ZCARD', a[1])
 """
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -126,6 +159,17 @@ class Ledger:
     async def tell(self, delivery_keys: Sequence[str], values: Sequence[str]) -> bool:
         """Writes `DONE`, or the highest hop whose successor is acknowledged. False: not written."""
         return await self._call(_TELL, _pack((delivery_keys, values, self._ledger_ttl_s))) is not None
+
+    async def lease(self, keys: Sequence[str], tokens: Sequence[int], per_s: Sequence[float]) -> list[int] | None:
+        """Up to so many tokens of each rate: all workers together get no more than it, and LEASE_S of it ahead."""
+        every_us = [1e6 / rate for rate in per_s]
+        given = await self._call(_LEASE, _pack((keys, tokens, every_us, LEASE_S * 1e6)))
+        return given if isinstance(given, list) and len(given) == len(keys) else None
+
+    async def count_workers(self, key: str, worker: str, within_s: int) -> int | None:
+        """How many workers have said under this key that they are there, this one included."""
+        found = await self._call(_COUNT, _pack((key, worker, within_s)))
+        return found if isinstance(found, int) else None
 
     async def read(self, keys: Sequence[str]) -> list[bytes | None] | None:
         """Plain values, for what is kept over restarts besides the two memories."""

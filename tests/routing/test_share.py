@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from routing.share import SLOW_S, Rate, Seat, Share
+from routing.share import LEASE_S, SLOW_S, Rate, Seat, Share, SharedRate
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -387,3 +387,31 @@ def test_what_is_refused_may_go_when_the_rate_says_so(per_s: float, pauses: list
             assert at > now
             assert rate.take(at + 1e-6)
             now = at
+
+
+@given(st.floats(0.1, 1000), st.lists(st.integers(0, 20), max_size=50))
+def test_a_shared_rate_lets_through_what_was_granted_and_never_hoards(per_s: float, grants: list[int]) -> None:
+    rate, taken, granted = SharedRate(per_s), 0, 1
+    for tokens in grants:
+        rate.grant(tokens)
+        granted += tokens
+        at_once = 0
+        while rate.take(0.0):
+            at_once += 1
+        assert at_once <= max(1, per_s * LEASE_S + 1)
+        taken += at_once
+    assert taken <= granted
+
+
+@pytest.mark.parametrize(("workers", "part"), [(1, 1.0), (4, 0.25)])
+def test_alone_a_worker_keeps_to_its_part_of_the_rate_until_tokens_come_again(workers: int, part: float) -> None:
+    rate, taken = SharedRate(100.0), 0
+    for tick in range(100):
+        rate.alone(workers)  # it is told so again and again
+        while rate.take(tick * 0.1):
+            taken += 1
+    assert 100 * 10 * part * 0.95 <= taken <= 100 * 10.2 * part + 1
+    rate.grant(0)
+    assert not rate.take(11.0)
+    rate.grant(1)
+    assert rate.take(11.0)
