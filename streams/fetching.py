@@ -31,6 +31,7 @@ from streams.strange_headers import lenient_batches
 
 FIRST_BUFFER_BYTES: Final = 64 * 1024
 KEPT_BUFFER_BYTES: Final = 4 * 2**20 + 64 * 1024  # the largest usual answer (`Fetching.max_bytes`) and what frames it
+MOST_ANSWER_BYTES: Final = 256 * 2**20  # far above any answer; what other protocols say reads as 352 MB (TLS) and more
 SIZE_BYTES: Final = 4
 LAST_EPOCH: Final = 2**31 - 1
 READ_COMMITTED: Final = fetcher.READ_COMMITTED
@@ -190,6 +191,10 @@ class _Frames(asyncio.BufferedProtocol):
         size = 0
         while filled - at >= SIZE_BYTES:
             size = SIZE_BYTES + int.from_bytes(buffer[at : at + SIZE_BYTES], "big")
+            if size > MOST_ANSWER_BYTES:
+                conn.log.error("%s answers, but not as Kafka does: is TLS on at one end only?", self._connection)
+                self._connection.close(reason=conn.CloseReason.CONNECTION_BROKEN, exc=ValueError(f"{size} bytes"))
+                return
             if filled - at < size:
                 break
             try:
@@ -236,7 +241,8 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]  # aiokafka is 
         async with asyncio.timeout(self._request_timeout):
             transport, _ = await loop.create_connection(lambda: frames, self.host, self.port, ssl=tls)
         # the few methods that aiokafka calls of a stream's reader and writer
-        self._reader, self._writer, self._protocol = frames, transport, frames
+        self._reader, self._writer = frames, transport
+        self._protocol: Any = frames
         self._read_task = loop.create_future()  # nothing is to be cancelled
         self._read_task.set_result(None)
         if self._max_idle_ms is not None:
@@ -282,6 +288,7 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]  # aiokafka is 
             self.close(reason=conn.CloseReason.CONNECTION_BROKEN, exc=fault or EOFError())
         if not self._closed_fut.done():
             self._closed_fut.set_result(None)
+        self._protocol = None  # it holds this: a buffer of megabytes must not wait for the collector
 
 
 # -------------------------------------------------------------------------------------------------------- the records

@@ -1,11 +1,15 @@
 """How answers of a broker are read: whole frames from any pieces, records in bulk, questions that name what changed."""
 
+import asyncio
+import gc
 import io
 import struct
+import weakref
 from random import Random
 from typing import Any
 
 import pytest
+from aiokafka.conn import create_conn
 from aiokafka.errors import CorruptRecordException
 from aiokafka.protocol.fetch import FetchRequest, FetchRequest_v11, FetchResponse_v11
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
@@ -35,6 +39,9 @@ class Listener:
     def _handle_frame(self, frame: memoryview) -> None:
         self.frames.append(bytes(frame))
 
+    def close(self, **_why: Any) -> None:
+        self._reader = None
+
 
 @pytest.mark.parametrize("seed", range(5))
 def test_frames_are_the_same_however_they_arrive(seed: int) -> None:
@@ -53,6 +60,41 @@ def test_frames_are_the_same_however_they_arrive(seed: int) -> None:
         protocol.buffer_updated(count)
         at += count
     assert listener.frames == frames
+
+
+@pytest.mark.parametrize("said", [b"\x15\x03\x03\x00\x02\x02\x46", b"HTTP/1.1 400 Bad"], ids=["TLS", "HTTP"])
+def test_what_is_not_kafka_ends_the_connection_and_takes_no_memory(said: bytes) -> None:
+    """Read as a size, its first bytes are hundreds of megabytes: a wrong port or a missing TLS setting is enough."""
+    listener = Listener()
+    protocol = _Frames(listener)  # type: ignore[arg-type]
+    protocol.get_buffer(-1)[: len(said)] = said
+    protocol.buffer_updated(len(said))
+    assert listener._reader is None
+    assert len(protocol._buffer) == FIRST_BUFFER_BYTES
+
+
+async def _names_its_versions(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """All that a connection asks before it is used."""
+    (size,) = struct.unpack(">i", await reader.readexactly(4))
+    _, _, correlation = struct.unpack_from(">hhi", await reader.readexactly(size))
+    writer.write(struct.pack(">iihihhh", 16, correlation, 0, 1, 18, 0, 0))
+    await reader.read()
+    writer.close()
+
+
+async def test_a_closed_connection_is_let_go_with_its_buffer_before_the_collector_comes() -> None:
+    """A worker collects rarely, and what is old as good as never."""
+    async with await asyncio.start_server(_names_its_versions, "127.0.0.1", 0) as server:
+        gc.disable()
+        try:
+            connection = await create_conn(*server.sockets[0].getsockname())
+            seen = weakref.ref(connection)
+            await connection.close()
+            del connection
+            await asyncio.sleep(0)  # the callback that told of the end is over
+            assert seen() is None
+        finally:
+            gc.enable()
 
 
 def batch(first: int, count: int, *, header: bytes = b"name", deltas: list[int] | None = None) -> bytes:
