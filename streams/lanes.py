@@ -41,9 +41,9 @@ BACKED_UP_S: Final = 1.0  # a lane whose head is older is slower than what comes
 BACKED_UP_BOUND: Final = 64  # and holds no more than this many
 QUEUE_BOUND: Final = 4096
 # In lanes that keep up a second's worth of this worker's work may wait: beyond, the worker itself is the bottleneck and
-# fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s. (1000 cost
-# 2 us a delivery less, since what is sent is still in the processor's cache. But a lane is behind only once its head is
-# a second old, and a fast one that is flooded would hold the fetch for all before that shows.)
+# fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s. (1000
+# cost 2 us a delivery less, since what is sent is still in the processor's cache. But a lane is behind only once its
+# head is a second old, and a fast one that is flooded would hold the fetch for all before that shows.)
 MOST_QUEUED: Final = 3000
 LEAST_QUEUED: Final = 300
 PACE_WEIGHT: Final = 0.1  # of the last tick, in the moving average of ended attempts a second
