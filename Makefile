@@ -5,8 +5,10 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-# certificates of the system, so that a private certificate authority works
-UV := UV_SYSTEM_CERTS=1 VIRTUAL_ENV=$(VENV) $(BIN)/uv
+# certificates of the system, so that a private certificate authority works;
+# uv insists on a cache: who has no home to keep one in (`nobody`, a container's bare user id) goes without
+NO_CACHE := $(shell [ -n "$$UV_CACHE_DIR$$XDG_CACHE_HOME" ] || [ -w "$$HOME/.cache" ] || [ -w "$$HOME" ] || echo UV_NO_CACHE=1)
+UV := UV_SYSTEM_CERTS=1 $(NO_CACHE) VIRTUAL_ENV=$(VENV) $(BIN)/uv
 COMPILE := pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links -q \
 	--extra embedded --custom-compile-command "make lock" pyproject.toml
 COMPILE_TEST := $(COMPILE) --extra test -c dev/locks/run.txt

@@ -186,14 +186,15 @@ def command(file: str, dry_run: bool, prune: bool, yes: bool, output: str) -> No
 
 
 def _read(file: str) -> str:
+    shown = "stdin" if file == "-" else file
     with opened(file) as stream:
         raw = stream.read(MAX_FILE_BYTES + 1)
     if len(raw) > MAX_FILE_BYTES:
-        raise click.ClickException(f"{file} has more than {MAX_FILE_BYTES >> 20} MiB; split it by tenants")
+        raise click.ClickException(f"{shown} has more than {MAX_FILE_BYTES >> 20} MiB; split it by tenants")
     try:
         return str(raw, "utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise click.ClickException(f"{file}: not UTF-8 at byte {fault.start}") from None
+        raise click.ClickException(f"{shown}: not UTF-8 at byte {fault.start}; save it as UTF-8") from None
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -1,5 +1,6 @@
 """`headgate filter`: checks an expression as `apply` will, tries it on events as the worker will. Needs no broker."""
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from time import monotonic, time
 from typing import IO, Any, Final
@@ -50,8 +51,9 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     number = 0
     while raw := stream.readline(_MAX_LINE_BYTES):
         number += 1
-        if raw.strip():
-            yield number, raw.strip()
+        line = (raw.removeprefix(BOM_UTF8) if number == 1 else raw).strip()
+        if line:
+            yield number, line
 
 
 @click.command()

@@ -9,13 +9,24 @@ import click
 import msgspec
 
 from cli.groups import Group
-from cli.output import load_settings, output_option, say, show_json, show_table, tenant_option, told, vendor_option
+from cli.output import (
+    load_settings,
+    output_option,
+    refuse_vendor,
+    say,
+    show_json,
+    show_table,
+    tenant_option,
+    told,
+    vendor_option,
+)
 from config.plan import Current, CurrentTenant, is_disabled
 from config.writer import read_current
 from schemas.control import DestinationRecord
 from schemas.event import rfc3339
 from schemas.ids import ExternalId, Vendor
 
+_UNSET: Final[tuple[object, ...]] = ([], {}, "", 0.0)
 _QUERY: Final = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://[^?#]*)\?.*", re.DOTALL)
 
 
@@ -118,6 +129,7 @@ def shown_options(value: Any) -> Any:
 
 def _chosen(vendor: Vendor, tenant: ExternalId | None) -> Iterator[tuple[ExternalId, CurrentTenant]]:
     settings = load_settings()
+    refuse_vendor(settings, vendor)
     current: Current = read_current(settings.kafka.confluent(), settings.topics, vendor)
     if tenant is not None and tenant not in current.tenants:
         raise click.ClickException(f"vendor {vendor} has no tenant {tenant!r}")
@@ -151,8 +163,11 @@ def _show(rows: list[dict[str, Any]], output: str, what: str, hidden: tuple[str,
 
 
 def _cell(value: Any) -> str:
+    """A value in a table: what is not set is left out of its group, and `-` where it stands alone."""
     if isinstance(value, dict):
-        return " ".join(f"{name}={_cell(each)}" for name, each in value.items() if each not in ([], {}, ""))
+        return " ".join(f"{name}={_cell(each)}" for name, each in value.items() if each not in _UNSET) or "-"
+    if value in _UNSET:
+        return "-"
     if isinstance(value, list):
         return ",".join(_cell(each) for each in value)
-    return str(value) if value != "" else "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -45,6 +45,15 @@ vendor_option = click.option(
 )
 
 
+def refuse_vendor(settings: Settings, vendor: Vendor) -> None:
+    """A vendor that this deployment does not have is a slip, and nothing found would look like an answer."""
+    if vendor not in settings.vendors:
+        raise click.BadParameter(
+            f"{vendor!r} is no vendor of this deployment ({', '.join(settings.vendors)}); add it to HEADGATE_VENDORS",
+            param_hint="'--vendor'",
+        )
+
+
 def tenant_option(help_text: str, *, required: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return click.option("--tenant", metavar="ID", callback=_tenant, required=required, help=help_text)
 

@@ -5,6 +5,7 @@ letter later.
 """
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from time import monotonic, sleep, time
 from typing import IO, Final
@@ -15,7 +16,17 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from msgspec import Struct
 
 from cli.completion import files
-from cli.output import load_settings, opened, output_option, say, show_json, tenant_option, told, vendor_option
+from cli.output import (
+    load_settings,
+    opened,
+    output_option,
+    refuse_vendor,
+    say,
+    show_json,
+    tenant_option,
+    told,
+    vendor_option,
+)
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain
 from config.settings import Settings
@@ -93,6 +104,8 @@ def read_lines(stream: IO[bytes], tenant: ExternalId | None, max_bytes: int) -> 
     number = 0
     while raw := stream.readline(limit):
         number += 1
+        if number == 1:
+            raw = raw.removeprefix(BOM_UTF8)  # some editors and shells put it there
         if len(raw) >= limit and not raw.endswith(b"\n"):
             while raw and not raw.endswith(b"\n"):
                 raw = stream.readline(limit)
@@ -221,6 +234,7 @@ def command(
     except ValueError as fault:
         raise click.BadParameter(str(fault), param_hint="--rate") from None
     settings = load_settings()
+    refuse_vendor(settings, vendor)
     max_bytes = settings.sizes.max_event_bytes
     streaming = file == "-" or not os.path.isfile(file)
     if not streaming:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Mapping as MappingOf
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypeAlias, cast
+from typing import Final, Literal, Protocol, TypeAlias, cast, get_origin
 
 import msgspec
 from msgspec import Struct
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from config.nodes import Listing, Mapping, Node, Place, Scalar, YamlFault, compose, plain
+from config.nodes import Listing, Mapping, Node, Place, Scalar, ScalarKind, YamlFault, compose, plain
 from config.secret_fields import assemble, field_name
 from config.settings import TopicsChoice, parse_duration_s
 from schemas.control import LimitSpec, RetrySpec
@@ -195,6 +195,14 @@ _TENANT_FIELDS: Final = (
 _DESTINATION_FIELDS: Final = ("id", "type", "options", "secrets", "retry", "limits")
 _ROUTE_FIELDS: Final = ("id", "match", "to", "redact")
 _SOURCES: Final = ("env", "file", "value")
+_SOURCE: Final = "{env: NAME}, {file: PATH} or {value: TEXT}"
+_SEEN: Final[MappingOf[ScalarKind, str]] = {
+    "text": "a text",
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "empty",
+}
 
 
 class _Reader:
@@ -305,7 +313,7 @@ class _Reader:
             if kind is None:
                 self._unknown_kind(fields["type"], f"{path}.type", kind_name)
         options = msgspec.Raw(b"{}")
-        secrets = self._secrets(fields.get("secrets"), f"{path}.secrets")
+        secrets = self._secrets(kind, fields.get("secrets"), f"{path}.secrets")
         if kind is not None:
             options = self._options(kind, fields.get("options"), node, f"{path}.options")
             self._check_secrets(kind, secrets, fields.get("secrets"), node, f"{path}.secrets")
@@ -347,25 +355,43 @@ class _Reader:
             self._model_faults(fault, kind.options, node, parent, path)
         return msgspec.Raw(encoded)
 
-    def _secrets(self, node: Node | None, path: str) -> dict[str, SecretStr | None]:
-        """What the file names, by field (`config/secret_fields.py`); None where it could not be read (and was said)."""
+    def _secrets(self, kind: Kind | None, node: Node | None, path: str) -> dict[str, SecretStr | None]:
+        """What the file names, by field (`config/secret_fields.py`); None where it could not be read (and was said).
+
+        Without a kind, which was said too, a mapping of mappings holds several.
+        """
         if node is None or _is_null(node):
             return {}
         if not isinstance(node, Mapping):
             self._not_a(node, path, "mapping")
             return {}
         found: dict[str, SecretStr | None] = {}
+        known = None if kind is None else _names(kind.secrets)
         for key, value in node.pairs:
             at = f"{path}.{key.text[:60]}"
             if "." in key.text:
                 self._fault(key.place, at, "unknown field", "write a mapping")
-            elif (
-                isinstance(value, Mapping) and value.pairs and all(isinstance(each, Mapping) for _, each in value.pairs)
-            ):
-                for name, each in value.pairs:
-                    found[field_name(key.text, name.text)] = self._secret(each, f"{at}.{name.text[:60]}")
+            elif known is not None and key.text not in known:
+                self._fault(key.place, at, "unknown field", nearest(key.text, known))
+            elif _is_several(value) if kind is None else _holds_several(kind.secrets, key.text):
+                found |= self._several_secrets(key.text, value, at)
             else:
                 found[key.text] = self._secret(value, at)
+        return found
+
+    def _several_secrets(self, field: str, node: Node, path: str) -> dict[str, SecretStr | None]:
+        """Secrets that have names of their own, such as headers."""
+        if not isinstance(node, Mapping):
+            self._not_a(node, path, "mapping of names")
+            return {field: None}
+        found: dict[str, SecretStr | None] = {}
+        for name, each in node.pairs:
+            if isinstance(each, Mapping):
+                found[field_name(field, name.text)] = self._secret(each, f"{path}.{name.text[:60]}")
+            else:
+                # Where a source is forgotten the name may be the secret, too: neither is quoted
+                self._fault(each.place, path, "holds what is not a source of a secret", f"write NAME: and {_SOURCE}")
+                found[field] = None
         return found
 
     def _secret(self, node: Node, path: str) -> SecretStr | None:
@@ -373,7 +399,7 @@ class _Reader:
         return None if value is None else SecretStr(value)
 
     def _secret_source(self, node: Node, path: str) -> str | None:
-        remedy = "write {env: NAME}, {file: PATH} or {value: TEXT}"
+        remedy = f"write {_SOURCE}"
         if isinstance(node, Scalar):
             # What stands here may be the secret itself: it is not quoted
             self._fault(node.place, path, "is not a source of a secret", remedy)
@@ -453,7 +479,7 @@ class _Reader:
         self, errors: ValidationError, model: type[BaseModel], node: Node | None, parent: Node, path: str
     ) -> None:
         """Faults of a kind's model, at the places that they speak of. The values seen stay out of the messages."""
-        names = [field.alias or name for name, field in model.model_fields.items()]
+        names = _names(model)
         for error in errors.errors(include_url=False, include_input=False, include_context=False):
             found, at = _descend(node or parent, error["loc"] if node is not None else ())
             where = path + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
@@ -463,6 +489,8 @@ class _Reader:
                     self._fault(at or found.place, where, "unknown field", nearest(last, names))
                 case "missing":
                     self._fault(found.place, where, "is missing", _described(model, last))
+                case "string_type" if isinstance(found, Scalar) and last in model.model_fields:
+                    self._fault(found.place, where, f"is {_SEEN[found.kind]}, not a text", _such_as(model, last))
                 case _:
                     message = error["msg"].removeprefix("Value error, ")
                     message = message[:1].lower() + message[1:] if message[1:2].islower() else message
@@ -476,8 +504,11 @@ class _Reader:
             return RetrySpec()
         schedule = RetrySpec().schedule_s
         if (given := fields.get("schedule")) is not None:
-            waits = [self._duration(item, at) for at, item in self._items(given, f"{path}.schedule")]
-            if not 1 <= len(waits) <= MAX_SCHEDULE:
+            items = self._items(given, f"{path}.schedule")
+            waits = [0.0 if (wait := self._duration(item, at)) is None else wait for at, item in items]
+            if not isinstance(given, Listing):
+                pass  # said by _items
+            elif not 1 <= len(waits) <= MAX_SCHEDULE:
                 self._fault(
                     given.place,
                     f"{path}.schedule",
@@ -494,9 +525,9 @@ class _Reader:
             schedule = tuple(waits)
         max_age_s = RetrySpec().max_age_s
         if (given := fields.get("max_age")) is not None:
-            max_age_s = self._duration(given, f"{path}.max_age")
-            if max_age_s <= 0:
+            if (age_s := self._duration(given, f"{path}.max_age")) == 0:
                 self._fault(given.place, f"{path}.max_age", "must be longer than 0")
+            max_age_s = age_s or max_age_s
         if sum(schedule) > max_age_s > 0:
             self._warnings.append(
                 Fault(
@@ -607,7 +638,7 @@ class _Reader:
         if node is None or _is_null(node):
             return ""
         text = self._text(node, path)
-        if text is None or not text.strip():
+        if text is None:
             return ""
         self._object(node, path, self._rules.check_where(text))
         return text.strip()
@@ -654,8 +685,8 @@ class _Reader:
             self._not_a(node, path, "text")
             return None
         if node.kind != "text":
-            seen = {"int": "a number", "float": "a number", "bool": "true or false", "null": "empty"}[node.kind]
-            self._fault(node.place, path, f"is {seen}, not a text", f'write it in quotes: "{node.text[:60]}"')
+            remedy = f'write it in quotes: "{node.text[:60]}"'
+            self._fault(node.place, path, f"is {_SEEN[node.kind]}, not a text", remedy)
             return None
         return node.text
 
@@ -687,17 +718,17 @@ class _Reader:
             return None
         return int(value)
 
-    def _duration(self, node: Node, path: str) -> float:
-        """Seconds; 0 where it is a fault."""
+    def _duration(self, node: Node, path: str) -> float | None:
+        """Seconds; None where it is a fault (and was said)."""
         try:
             wait_s = parse_duration_s(node.text if isinstance(node, Scalar) else "")
         except ValueError:
             seen = repr(node.text[:40]) if isinstance(node, Scalar) else "this"
             self._fault(node.place, path, f"{seen} is not a duration", "write a number and a unit: 0s, 500ms, 5m, 72h")
-            return 0.0
+            return None
         if not 0 <= wait_s <= MAX_WAIT_S:
             self._fault(node.place, path, f"must be from 0s to {MAX_WAIT_S / 3600:g}h")
-            return 0.0
+            return None
         return wait_s
 
     def _unique(self, named: Iterable[tuple[str, Place, str]], what: str) -> None:
@@ -710,6 +741,24 @@ class _Reader:
 
 def _is_null(node: Node) -> bool:
     return isinstance(node, Scalar) and node.kind == "null"
+
+
+def _is_several(node: Node) -> bool:
+    return isinstance(node, Mapping) and bool(node.pairs) and all(isinstance(each, Mapping) for _, each in node.pairs)
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _holds_several(model: type[BaseModel], name: str) -> bool:
+    field = model.model_fields.get(name)
+    return field is not None and get_origin(field.annotation) in (dict, MappingOf)
+
+
+def _such_as(model: type[BaseModel], name: str) -> str:
+    examples = model.model_fields[name].examples
+    return f"write one such as {examples[0]}" if examples else "write it in quotes"
 
 
 def _descend(node: Node, loc: Sequence[str | int]) -> tuple[Node, Place | None]:

@@ -14,9 +14,9 @@ from confluent_kafka.admin import AdminClient
 CONNECT_TIMEOUT_S: Final = 10.0
 STALL_TIMEOUT_S: Final = 30.0
 
-_UNHEARD: Final = logging.getLogger("headgate.librdkafka")
+# Not of logging's tree, so that nothing which sets that up (a worker's `configure_logs`) makes it heard
+_UNHEARD: Final = logging.Logger("headgate.librdkafka")
 _UNHEARD.addHandler(logging.NullHandler())
-_UNHEARD.propagate = False
 
 _UNREACHABLE: Final = frozenset(
     {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT}

@@ -2,7 +2,7 @@
 
 What is logged is let through by kind: texts, numbers and collections of them. Bytes show their length alone, objects
 their type, and fields whose names say that they are secret nothing, so that no slip prints an event or a key. What
-the libraries below log through the standard library takes the same way, from WARNING up.
+the libraries below log through the standard library takes the same way, from WARNING up, and not again and again.
 """
 
 import logging
@@ -24,6 +24,8 @@ MAX_TEXT: Final = 1000
 MAX_TRACE: Final = 16_000
 MAX_ITEMS: Final = 20
 MAX_DEPTH: Final = 3
+REPEAT_S: Final = 10.0
+MAX_REPEATS: Final = 256
 MASK: Final = "***"
 
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -78,6 +80,7 @@ def configure_logs(settings: LogSettings, *, worker: str | None = None, stream: 
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(out)
+    handler.addFilter(_Repeats())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(allow=()), _name_library, *shared],
@@ -150,10 +153,36 @@ def _bind_worker(worker: str) -> Processor:
     return bind
 
 
+class _Repeats(logging.Filter):
+    """Lets what a library says again and again through once in `REPEAT_S`, with how often it was left out.
+
+    A client without its broker complains at each attempt, a hundred times a second. What differs only in its arguments
+    is the same; the clock is the record's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, int, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key = (record.name, record.levelno, str(record.msg)[:MAX_TEXT])
+        at_s, left_out = self._said.get(key, (-REPEAT_S, 0))
+        if 0 <= record.created - at_s < REPEAT_S:
+            self._said[key] = (at_s, left_out + 1)
+            return False
+        if len(self._said) >= MAX_REPEATS:
+            self._said.clear()
+        self._said[key] = (record.created, 0)
+        record.left_out = left_out
+        return True
+
+
 def _name_library(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """A library's message varies: it becomes a field of a constant event."""
     record: logging.LogRecord = event["_record"]
     event["library"] = record.name
+    if left_out := record.__dict__["left_out"]:
+        event["left_out"] = left_out
     event["message"] = str(event.pop("event"))
     event["event"] = "library"
     return event

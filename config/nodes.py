@@ -22,6 +22,7 @@ ScalarKind: TypeAlias = Literal["text", "int", "float", "bool", "null"]
 
 _INT: Final = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_ODD_BREAKS: Final = re.compile("[\\x85\\u2028\\u2029]")
 _BOOLS: Final = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _TEXT_TAGS: Final = frozenset({"!", "tag:yaml.org,2002:str"})
@@ -87,17 +88,37 @@ def compose(text: str) -> Node | None:
     """
     if len(text) > MAX_TEXT_BYTES:
         raise YamlFault(Place(1, 1), f"the file has more than {MAX_TEXT_BYTES >> 20} MiB", "split it by tenants")
+    odd = _ODD_BREAKS.search(text)
+    if odd is not None:  # YAML 1.1 would fold it to a space: the value would be another one than what JSON says
+        code = f"{ord(odd[0]):04x}"
+        raise YamlFault(
+            _place_of(text, odd.start()),
+            f"not valid YAML: the character U+{code.upper()} is a line break in YAML",
+            f'write it in double quotes as "\\u{code}"',
+        )
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         return _Composer(yaml.parse(text, Loader=loader)).document()
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark or fault.context_mark
         place = Place(mark.line + 1, mark.column + 1) if mark else Place(1, 1)
+        if _character_at(text, place) == "\t":
+            raise YamlFault(place, "not valid YAML: a tab does not indent", "write spaces") from None
         raise YamlFault(place, f"not valid YAML: {fault.problem or fault.context}") from None
     except yaml.reader.ReaderError as fault:
-        before = text[: fault.position] if isinstance(fault.position, int) else ""
-        place = Place(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+        place = _place_of(text, fault.position if isinstance(fault.position, int) else 0)
         raise YamlFault(place, f"not valid YAML: {fault.reason}") from None
+
+
+def _character_at(text: str, place: Place) -> str:
+    """What stands there; nothing past the end, and where YAML sees lines that Python does not."""
+    lines = text.split("\n")
+    return lines[place.line - 1][place.column - 1 : place.column] if place.line <= len(lines) else ""
+
+
+def _place_of(text: str, position: int) -> Place:
+    before = text[:position]
+    return Place(before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
 
 
 def plain(node: Node) -> Any:

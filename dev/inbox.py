@@ -16,6 +16,7 @@ import binascii
 import hashlib
 import hmac
 import http.client
+import os
 import signal
 import socket
 import ssl
@@ -25,7 +26,7 @@ import sys
 import time
 from base64 import b64decode
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, TypeVar, assert_never, cast
@@ -736,11 +737,19 @@ async def _serve(options: argparse.Namespace) -> None:
     async with Inbox(
         host=options.host, port=options.port, tls=tls, keep_bodies=not options.no_bodies, on_request=on_request
     ) as inbox:
-        scripts: Mapping[str, str] = dict(item.split("=", 1) for item in options.script)
-        for path, text in scripts.items():
-            inbox.script(path, msgspec.json.decode(text, type=Script))
+        for path, script in options.script:
+            inbox.script(path, script)
         print(f"port={inbox.port}", flush=True)
         await ended.wait()
+
+
+def _scripted(text: str) -> tuple[str, Script]:
+    """`PATH=JSON` of the command line."""
+    path, _, script = text.partition("=")
+    try:
+        return path, msgspec.json.decode(script, type=Script)
+    except msgspec.DecodeError as fault:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATH=JSON of a script: {fault}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -759,6 +768,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--script",
         action="append",
+        type=_scripted,
         default=[],
         metavar="PATH=JSON",
         help="""what a path does, such as '/a={"mode":"refuse","status":410}'; more with POST /_inbox/script""",
@@ -766,7 +776,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if bool(options.cert) != bool(options.key):
         parser.error("--cert and --key go together")
-    uvloop.run(_serve(options))
+    try:
+        uvloop.run(_serve(options))
+    except OSError as fault:
+        if "attempting to bind" not in str(fault):
+            raise
+        why = os.strerror(fault.errno or 0).lower()
+        print(
+            f"Error: --port {options.port}: cannot listen there ({why}); give another port, or 0 for one that is free",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

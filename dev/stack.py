@@ -235,15 +235,20 @@ def _signal(folder: Path, service: ServiceName, signum: signal.Signals) -> None:
 def _ours(folder: Path, *, create: bool) -> Iterator[None]:
     """Hold the folder's lock, having made sure that it is a stack's folder (or may become one)."""
     while True:
-        _refuse_foreign(folder, create=create)
-        if create:
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _refuse_foreign(folder, create=create)
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise _unusable(folder, fault) from fault
         try:
             lock = (folder / LOCK).open("a")
         except FileNotFoundError:  # deleted by a concurrent `down`
             if create:
                 continue
             raise NoStack(f"there is no stack in {folder} any more") from None
+        except OSError as fault:
+            raise _unusable(folder, fault) from fault
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # whoever held the lock before may have deleted the folder, and the lock file with it
@@ -259,6 +264,13 @@ def _ours(folder: Path, *, create: bool) -> Iterator[None]:
                 (folder / MARKER).write_text("This folder belongs to `headgate dev`, which deletes it on `dev down`.\n")
             yield
             return
+
+
+def _unusable(folder: Path, fault: OSError) -> StackError:
+    why = fault.strerror or str(fault)
+    return StackError(
+        f"{fault.filename or folder}: {why}; name a folder that you may write to by HEADGATE_DEV_DIR or --dir"
+    )
 
 
 def _refuse_foreign(folder: Path, *, create: bool) -> None:

@@ -114,6 +114,7 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._master = MasterKeys.load(settings.keys)  # wrong settings are refused before anything is reached
         self._name = settings.worker.id or f"{socket.gethostname()}-{os.getpid()}"
         self._vendors = {settings.topics.ingress(vendor): vendor for vendor in settings.vendors}
         self._assigned: frozenset[TopicPartition] = frozenset()
@@ -192,7 +193,7 @@ class Worker:
         self._metrics = Metrics(
             tenant_label=worker.tenant_label, type_label=worker.type_label, version=product_version()
         )
-        self._registry = Registry(MasterKeys.load(settings.keys), settings.topics)
+        self._registry = Registry(self._master, settings.topics)
         self._registry.on_fault(self._on_registry_fault)
         self._reader = ControlReader(settings, self._registry)
         egress = self._egress = Egress(settings.egress_allow, on_blocked=lambda _: self._count_blocked())

@@ -354,6 +354,15 @@ def test_get_shows_no_secret_and_no_query(shell: Shell) -> None:
     assert row["state"] == "on"
 
 
+def test_get_shows_what_is_not_set_as_not_set(shell: Shell) -> None:
+    shell.apply()
+    destinations = shell.run("get", "destinations").stdout
+    assert "inFlight=16" in destinations
+    assert "ratePerS" not in destinations
+    header, row = shell.run("get", "routes", "--tenant", "acme").stdout.splitlines()
+    assert row[header.index("REDACT") :].split() == ["-", "1"]
+
+
 def test_get_names_a_tenant_that_is_not_there(shell: Shell) -> None:
     shell.apply()
     result = shell.run("get", "routes", "--tenant", "nobody")
@@ -387,7 +396,7 @@ def line(number: int, **more: object) -> str:
 def test_publish_sends_each_line_as_it_stands_keyed_by_its_tenant(shell: Shell) -> None:
     shell.apply()
     odd = '{"payload":{"n":1.10e2},"eventType":"order.paid","customerExternalId":"ünï"}'
-    result = shell.run("publish", "-f", shell.file(f"{line(1)}\n\n{odd}\n", "events.ndjson"))
+    result = shell.run("publish", "-f", shell.file(f"\ufeff{line(1)}\r\n\n{odd}\n", "events.ndjson"))
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("2 events published (")
     found = dict(shell.records(shell.settings.topics.ingress(DEFAULT_VENDOR)))
@@ -596,6 +605,8 @@ def test_unrouted_letters_are_listed_and_shown_as_they_came(shell: Shell) -> Non
         (["publish", "-f", "-", "--rate", "fast"], "'fast' is not a rate such as 200/s or 100/m"),
         (["publish", "-f", "-", "--tenant", "a\tb"], "holds a control character"),
         (["get", "tenants", "--vendor", "A"], "'A' must match"),
+        (["get", "tenants", "--vendor", "defualt"], "'defualt' is no vendor of this deployment (default); add it to"),
+        (["publish", "-f", "-", "--vendor", "defualt"], "'defualt' is no vendor of this deployment (default)"),
         (["trace", "evt_1"], "Missing option '--tenant'"),
         (["projector"], "arrives with a later release"),
         (["aply"], "no command 'aply'. Did you mean apply?"),
@@ -644,6 +655,15 @@ def test_a_worker_whose_port_is_taken_says_so(shell: Shell) -> None:
     assert result.returncode == 1
     assert f"Error: HEADGATE_HTTP_PORT={port}: cannot listen there (address already in use)".encode() in result.stderr
     assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("key", ["", "k1:c2hvcnQ="])
+def test_a_worker_refuses_a_wrong_master_key_before_it_asks_for_a_broker(shell: Shell, key: str) -> None:
+    env = {"HEADGATE_KAFKA_BOOTSTRAP": "127.0.0.1:1", "HEADGATE_MASTER_KEY": key}
+    result = shell.process("worker", env=env)
+    assert (result.returncode, result.stdout) == (1, b"")
+    assert b"HEADGATE_MASTER_KEY" in result.stderr
+    assert b"127.0.0.1:1" not in result.stderr
 
 
 def test_a_mistyped_subcommand_is_told_what_there_is(shell: Shell) -> None:

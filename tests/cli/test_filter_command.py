@@ -93,6 +93,16 @@ def test_a_line_that_is_no_event_is_named_and_exits_1() -> None:
     ]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_event() -> None:
+    result = run("true", "-f", "-", stdin=b'\xef\xbb\xbf{"eventType": "t", "payload": 1}\r\n\xef\xbb\xbf{}\n')
+    assert [line.split("  ")[-1].split(":")[0] for line in result.stdout.splitlines()] == ["match", "no event"]
+
+
+def test_the_help_shows_its_examples_a_line_each() -> None:
+    lines = run("--help").stdout.splitlines()
+    assert "  headgate filter 'has(payload.vip) && payload.vip' -f events.ndjson" in lines
+
+
 def test_wrong_use_exits_2() -> None:
     assert run().exit_code == 2
     assert run("true", "--file").exit_code == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cli.apply import RULES, command
 from config.document import Document, DocumentError, parse_document, parse_rate_per_s
-from config.nodes import MAX_DEPTH, YamlFault, compose, plain
+from config.nodes import MAX_DEPTH, Place, YamlFault, compose, plain
 from schemas.control import LimitSpec, RetrySpec
 from schemas.ids import Vendor
 
@@ -223,6 +223,30 @@ tenants:
             tenant("    routes:\n      - {id: r, to: []}\n"),
             'headgate.yaml:4:9: tenants[0].routes[0].match: is missing; write `match: {types: ["*"]}` for every event',
         ),
+        (
+            destination(URL + "        secrets: {signign: {env: NOT_SET}}\n"),
+            "headgate.yaml:7:19: tenants[0].destinations[0].secrets.signign: unknown field; did you mean signing?",
+        ),
+        (
+            destination(URL + "        secrets: {headers: {X-Token: Bearer}}\n"),
+            "headgate.yaml:7:38: tenants[0].destinations[0].secrets.headers: holds what is not a source of a secret; "
+            "write NAME: and {env: NAME}, {file: PATH} or {value: TEXT}",
+        ),
+        (
+            destination(URL + "        secrets: {headers: Bearer}\n"),
+            "headgate.yaml:7:28: tenants[0].destinations[0].secrets.headers: is a single value, not a mapping of names",
+        ),
+        (
+            destination("        options: {url: 'https://a.example/', timeout: 15}\n"),
+            "headgate.yaml:6:55: tenants[0].destinations[0].options.timeout: is a number, not a text; write one such "
+            "as 15s",
+        ),
+        (
+            tenant("    routes:\n      - {id: r, match: {types: ['*'], where: ' '}, to: []}\n"),
+            "headgate.yaml:4:48: tenants[0].routes[0].match.where: column 2: the expression is empty; Leave `where` "
+            "out to let every event pass.",
+        ),
+        ("tenants:\n\t- externalId: a\n", "headgate.yaml:2:1: not valid YAML: a tab does not indent; write spaces"),
         ("a: [1\nb: 2", "headgate.yaml:2:2: not valid YAML: did not find expected ',' or ']'"),
         (
             "a: 1\na: 2\n",
@@ -233,6 +257,11 @@ tenants:
 def test_a_fault_names_place_value_and_remedy(text: str, told: str) -> None:
     found = faults(text)
     assert any(one.startswith(told) for one in found), found
+
+
+@pytest.mark.parametrize("retry", ["{max_age: forever}", "{max_age: 800h}", "{max_age: 0s}", "{schedule: 5s}"])
+def test_one_fault_is_told_once(retry: str) -> None:
+    assert len(faults(destination(URL + f"        retry: {retry}\n"))) == 1
 
 
 def test_two_destinations_or_routes_of_one_name_are_refused() -> None:
@@ -342,6 +371,17 @@ _json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
+
+
+@pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
+def test_a_character_that_yaml_would_fold_to_a_space_is_refused_with_its_escape(character: str) -> None:
+    with pytest.raises(YamlFault) as refused:
+        compose(f'{{"name":\n "a{character}b"}}')
+    assert refused.value.place == Place(2, 4)
+    assert f"\\u{ord(character):04x}" in refused.value.remedy
+    node = compose(f'{{"name": "a\\u{ord(character):04x}b"}}')
+    assert node is not None
+    assert plain(node) == {"name": f"a{character}b"}
 
 
 @given(_json)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from config.kafka import client_config
 from config.logs import configure_logs, mask
 from config.settings import LogFormat, LogLevel, LogSettings
 from config.vault import MasterKeys, Vault
@@ -60,6 +61,30 @@ def test_a_line_has_its_event_its_fields_its_level_and_the_worker() -> None:
         "port": 8080,
         "topics": ["a", "b"],
     }
+
+
+def test_what_a_library_says_again_and_again_comes_once_in_ten_seconds() -> None:
+    out = set_up()
+    library = logging.getLogger("aiokafka")
+    for second in range(25):
+        record = library.makeRecord("aiokafka", logging.ERROR, "", 0, "node %s is away", (second % 3,), None)
+        record.created = 1e9 + second
+        library.handle(record)
+    library.error("the coordinator is away")
+    told = [(line["message"], line.get("left_out", 0)) for line in lines(out)]
+    assert told == [
+        ("node 0 is away", 0),
+        ("node 1 is away", 9),
+        ("node 2 is away", 9),
+        ("the coordinator is away", 0),
+    ]
+
+
+def test_what_a_command_says_itself_of_kafka_is_not_heard_from_the_library_too() -> None:
+    out = set_up()
+    client_config({})["logger"].error("connection refused")
+    logging.getLogger("another").error("is heard")
+    assert [line["library"] for line in lines(out)] == ["another"]
 
 
 @pytest.mark.parametrize(("level", "count"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import socket
+import subprocess
+import sys
 import time
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
@@ -148,6 +151,25 @@ def test_the_inbox_runs_as_a_process_of_its_own_and_takes_scripts() -> None:
         with pytest.raises(InboxError, match="400"):
             inbox._call("POST", "script", dict[str, str], json.dumps({"path": "/a", "script": {"mode": "no"}}).encode())
     assert inbox.process.returncode == 0
+
+
+def test_a_taken_port_and_a_script_that_is_none_are_messages_and_not_tracebacks() -> None:
+    def told(*args: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", "dev.inbox", *args], capture_output=True, text=True, timeout=30)
+        assert (done.stdout, "Traceback" in done.stderr) == ("", False)
+        return done.returncode, done.stderr
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert told("--port", str(port)) == (
+            1,
+            f"Error: --port {port}: cannot listen there (address already in use); give another port, or 0 for one that "
+            "is free\n",
+        )
+    code, message = told("--script", '/a={"mode":"hangs"}')
+    assert code == 2
+    assert "is not PATH=JSON of a script: " in message
+    assert "hangs" in message
 
 
 def test_counting_only_tells_ids_apart_and_keeps_times_of_arrival() -> None:

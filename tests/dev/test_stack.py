@@ -279,4 +279,6 @@ def test_wrong_use_exits_2_and_a_fault_1_without_a_traceback(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
     code, out, err = headgate_dev("up", folder=Path("/proc/nowhere"))
     assert (code, out) == (1, "")
-    assert "/proc/nowhere" in err
+    assert "/proc/nowhere: No such file or directory; name a folder that you may write to by HEADGATE_DEV_DIR" in err
+    with pytest.raises(StackError, match="HEADGATE_DEV_DIR"):  # as the demo calls it
+        embedded.up(Path("/proc/nowhere"))
