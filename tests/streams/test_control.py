@@ -11,6 +11,7 @@ import pytest
 from confluent_kafka import Producer
 from structlog.testing import capture_logs
 
+from config.kafka import read_to_end
 from config.provision import provision
 from config.registry import Registry
 from config.settings import Settings
@@ -74,8 +75,13 @@ class Plane:
         self.producer.abort_transaction(30)
 
     def write(self, *rows: tuple[str, bytes, bytes | None]) -> None:
+        """Returns, as `apply` does, once a reader has seen it: the broker answers a commit before readers do."""
         self.begin(rows)
         self.commit()
+        unseen = set(rows)
+        while unseen:
+            for message in read_to_end(self.settings.kafka.confluent(), sorted({row[0] for row in unseen}), "test"):
+                unseen.discard((message.topic(), message.key(), message.value()))
 
     def tenant(self, name: str, version: int = 1) -> list[tuple[str, bytes, bytes | None]]:
         """All records of a tenant without destinations."""
