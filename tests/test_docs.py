@@ -1,5 +1,6 @@
 """The documentation is held against the tree: links lead somewhere, commands exist, the README's first steps work."""
 
+import ast
 import itertools
 import os
 import re
@@ -25,6 +26,7 @@ from tests.deployment import free_port
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+RUNBOOK = ROOT / "docs" / "runbook.md"
 FIRST_STEPS = "## Five minutes to a first delivery of your own"
 DEADLINE_S = 60.0
 
@@ -147,12 +149,40 @@ def test_a_command_that_does_not_exist_would_be_seen(line: str) -> None:
 def test_every_metric_that_a_page_names_is_one_of_the_workers() -> None:
     metrics = Metrics(tenant_label="tag", type_label=True, version="")
     metrics.gauges.update(dict.fromkeys(GAUGES, lambda: 0.0))
-    known = {family.name for family in Scrape(metrics).collect()}
-    named = {
-        name.removesuffix("_total") for page in pages() for name in re.findall(r"\bheadgate_\w+", page.read_text())
+    known = {
+        family.name + suffix
+        for family in Scrape(metrics).collect()
+        for suffix in {"counter": ("_total",), "histogram": ("", "_bucket", "_count", "_sum")}.get(family.type, ("",))
     }
-    assert "headgate_dead_letters" in named
+    named = {name for page in pages() for name in re.findall(r"\bheadgate_\w+", page.read_text())}
+    assert {"headgate_dead_letters_total", "headgate_retry_lateness_seconds_bucket"} <= named
     assert named <= known
+
+
+def logged_events(*levels: str) -> set[str]:
+    """The constant events that the worker's own code logs at these levels."""
+    events: set[object] = set()
+    for path in sorted((ROOT / "streams").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name("log" | "self"), attr=level), args=[event, *_]):
+                    if level in levels:
+                        events |= {part.value for part in ast.walk(event) if isinstance(part, ast.Constant)}
+    return {event for event in events if isinstance(event, str)}
+
+
+def test_the_runbook_has_every_line_that_a_worker_logs_as_a_warning_or_an_error_and_no_other() -> None:
+    section = RUNBOOK.read_text().split("\n## Log lines\n")[1]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", section, re.MULTILINE)
+    told = {level: {event for event, its in rows if its == level} for level in ("error", "warning", "any")}
+    assert told == {
+        "error": logged_events("error", "exception"),
+        "warning": logged_events("warning", "_say"),
+        "any": {"library"},
+    }
+    life_cycle = re.search(r"^Of the life cycle[^`]*(`[^.]+)\.$", section, re.MULTILINE)
+    assert life_cycle is not None
+    assert set(re.findall(r"`(\w+)`", life_cycle[1])) == logged_events("info")
 
 
 def test_every_setting_that_a_page_names_exists() -> None:
