@@ -296,9 +296,7 @@ class Router:
         matched = matching.matched
         count = len(matched)
         offset = record.offset
-        counts = tenant.event_counts
-        result = "routed" if matched else "unmatched"
-        counts[result] = counts.get(result, 0) + 1
+        bump(tenant.event_counts, "routed" if matched else "unmatched")
         origin = f"{lot.origin}{offset}"
         shown = event if matching.hidden is None else matching.hidden.apply(event)
         correlation = correlation_id(shown)  # it goes unsealed into records and logs
