@@ -223,7 +223,6 @@ def receiver(tls: Certificates | None = None, *, arrivals: bool = False) -> Iter
         key=tls.key if tls else None,
         trust=tls.trust() if tls else None,
     ) as inbox:
-        pin(inbox.process.pid, receiver=True)
         yield inbox
 
 
@@ -237,6 +236,7 @@ def contest(
 ) -> Measured:
     """Run a command that delivers, and watch the receiver from the first of `count` deliveries to the last."""
     inbox.clear()
+    pin(inbox.process.pid, receiver=True)
     dialled = inbox.stats().connections
     with running(name, command, rig.folder, os.environ if environ is None else environ, pinned=True) as pid:
         stats = _until(name, pid, inbox, lambda requests: requests > 0)
