@@ -2,26 +2,28 @@
 
 `python -m tests.chaos.killed_worker POINT EVENT_ID` is `headgate worker`, with public methods wrapped to look on. What
 is wrapped does what it always did; at the point, for that event, the process is gone. Where two writes are under way at
-the same time and either may be first, the point holds one of them back, so that the crash lies between them.
+the same time and either may be first, the point holds one of them back, so that the crash lies between them. Redis may
+take its time (`patient_worker.py`). With `apart` as a third argument no record joins another one of its delivery.
 """
 
 import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from config.settings import Settings
-from streams.app import run_worker
 from streams.flight import Flight
 from streams.ingress import Router
+from streams.lanes import Lanes
 from streams.ledger import DONE, Answers, Ledger
 from streams.outbox import Letter, Outbox
 from streams.pump import Due, PumpSource
 from streams.retry import Retries
 from streams.settle import Settle
 from streams.transport import Consumer, Fetch
+from tests import patient_worker
 
 
 def die() -> None:
@@ -66,6 +68,20 @@ class Victim:
             await take(router, fetch)
 
         Router.take = look  # type: ignore[method-assign]
+
+    def watch_commits(self, on_commit: Callable[[], None]) -> None:
+        """Hears of the commits that have passed the victim's record."""
+        self.watch_fetches()
+        commit = Consumer.commit
+
+        async def look(consumer: Consumer, *args: Any, **kwargs: Any) -> bool:
+            done = await commit(consumer, *args, **kwargs)
+            passed = {(lag.topic, lag.partition): lag.committed or 0 for lag in consumer.lags(int(time.time() * 1000))}
+            if any(passed.get((topic, partition), 0) > offset for topic, partition, offset in self.places):
+                on_commit()
+            return done
+
+        Consumer.commit = look  # type: ignore[method-assign]
 
 
 def fetched(victim: Victim) -> None:
@@ -177,23 +193,7 @@ def acknowledged(victim: Victim) -> None:
 
 def committed(victim: Victim) -> None:
     """Its offset is committed."""
-    victim.watch_fetches()
-    settled, commit = Consumer.settled, Consumer.commit
-    acked: set[tuple[str, int, int]] = set()
-
-    def note(consumer: Consumer, source: Any, offsets: Any) -> None:
-        settled(consumer, source, offsets)
-        acked.update({(source.topic, source.partition, offset) for offset in offsets} & victim.places)
-
-    async def look(consumer: Consumer, *args: Any, **kwargs: Any) -> bool:
-        before = bool(acked)
-        done = await commit(consumer, *args, **kwargs)
-        if before and done:
-            die()
-        return done
-
-    Consumer.settled = note  # type: ignore[method-assign]
-    Consumer.commit = look  # type: ignore[method-assign]
+    victim.watch_commits(die)
 
 
 def _written(victim: Victim, where: str) -> None:
@@ -252,12 +252,15 @@ def retry_due(victim: Victim) -> None:
 
 
 def retry_acknowledged(victim: Victim) -> None:
-    """Its retry record is settled in the pump, and not committed."""
+    """Its retry record is settled in the pump, and not committed; its ingress record is."""
     due, settled = Retries.due, PumpSource.settled
+    passed = asyncio.Event()
+    victim.watch_commits(passed.set)
 
     async def note(retries: Retries, records: Sequence[Due]) -> None:
         for one in records:
             if _is_victims(victim, one):
+                await passed.wait()
                 victim.places.add((one.source.topic, one.source.partition, one.offset))
         await due(retries, records)
 
@@ -305,10 +308,23 @@ POINTS: Final[dict[str, Callable[[Victim], None]]] = {
 }
 
 
+def apart() -> None:
+    """A record joins none of its delivery that is in flight, but itself when it is read again (design, 3, rule 8)."""
+    admit = Lanes.admit
+
+    def look(lanes: Lanes, flight: Flight, now: float) -> None:
+        flight.key += f"/{flight.delivery.hop}/{flight.offset}"
+        admit(lanes, flight, now)
+
+    Lanes.admit = look  # type: ignore[method-assign]
+
+
 def main() -> None:
-    point, event_id = sys.argv[1:]
+    point, event_id, *how = sys.argv[1:]
     POINTS[point](Victim(event_id))
-    sys.exit(run_worker(Settings.load(os.environ)))
+    if how == ["apart"]:
+        apart()
+    patient_worker.main()
 
 
 if __name__ == "__main__":
