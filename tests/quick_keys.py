@@ -3,6 +3,9 @@
 import base64
 from pathlib import Path
 
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+from config.kafka import connected_admin
 from config.provision import provision
 from config.settings import Settings
 from config.writer import read_current
@@ -23,6 +26,17 @@ def make_quick_keys(settings: Settings) -> None:
     (spec,) = (one for one in base_topics(settings.topics, (), settings.sizes) if one.name == settings.topics.keys)
     quick = TopicSpec(spec.name, spec.partitions, {**spec.config, **QUICK})
     provision(settings.kafka.confluent(), [quick], replication_factor=1, grow=frozenset(), say=lambda _: None)
+
+
+def change_keys(settings: Settings, **to: int) -> None:
+    """Settings of the topic from now on; `segment_ms` is `segment.ms`."""
+    entries = [
+        ConfigEntry(name.replace("_", "."), str(value), incremental_operation=AlterConfigOpType.SET)
+        for name, value in to.items()
+    ]
+    topic = ConfigResource(ResourceType.TOPIC, settings.topics.keys, incremental_configs=entries)
+    admin, _ = connected_admin(settings.kafka.confluent())
+    admin.incremental_alter_configs([topic])[topic].result(60)
 
 
 def wrapped_keys(settings: Settings, tenant: TenantRef) -> list[bytes]:
