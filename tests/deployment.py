@@ -302,6 +302,11 @@ class Deployment:
         finally:
             consumer.close()
 
+    async def known_to(self, worker: Worker) -> None:
+        """Waits until the worker has read all that was applied: `apply` asks a reader of its own."""
+        end = (await asyncio.to_thread(self.read, self.settings.topics.control))[-1].offset + 1
+        await eventually(lambda: worker.metric("headgate_control_offset") >= end, "the worker knows what was applied")
+
     async def all_committed(self, vendor: str = "default") -> None:
         """Waits until everything in ingress is settled and committed."""
         topic = self.settings.topics.ingress(Vendor(vendor))

@@ -68,20 +68,20 @@ class Plane:
             self.producer.produce(topic, key=key, value=value, partition=0)
         self.producer.flush(30)
 
-    def commit(self) -> None:
+    def commit(self, rows: Iterable[tuple[str, bytes, bytes | None]]) -> None:
+        """Returns, as `apply` does, once a reader has seen it: the broker answers a commit before readers do."""
         self.producer.commit_transaction(30)
+        unseen = set(rows)
+        while unseen:
+            for message in read_to_end(self.settings.kafka.confluent(), sorted({row[0] for row in unseen}), "test"):
+                unseen.discard((message.topic(), message.key(), message.value()))
 
     def abort(self) -> None:
         self.producer.abort_transaction(30)
 
     def write(self, *rows: tuple[str, bytes, bytes | None]) -> None:
-        """Returns, as `apply` does, once a reader has seen it: the broker answers a commit before readers do."""
         self.begin(rows)
-        self.commit()
-        unseen = set(rows)
-        while unseen:
-            for message in read_to_end(self.settings.kafka.confluent(), sorted({row[0] for row in unseen}), "test"):
-                unseen.discard((message.topic(), message.key(), message.value()))
+        self.commit(rows)
 
     def tenant(self, name: str, version: int = 1) -> list[tuple[str, bytes, bytes | None]]:
         """All records of a tenant without destinations."""
@@ -151,11 +151,12 @@ async def test_a_change_is_live_by_itself(plane: Plane) -> None:
 async def test_an_open_transaction_is_neither_seen_nor_waited_for(plane: Plane) -> None:
     async with reading(plane) as reader:
         await caught_up(reader)
-        plane.begin(plane.tenant("acme"))
+        rows = plane.tenant("acme")
+        plane.begin(rows)
         async with asyncio.timeout(PATIENCE_S):
             await reader.read_to_end()
         assert plane.version("acme") is None
-        plane.commit()
+        plane.commit(rows)
         async with asyncio.timeout(PATIENCE_S):
             await reader.read_to_end()
         assert plane.version("acme") == 1

@@ -91,13 +91,14 @@ async def test_a_410_disables_the_destination_until_its_options_change(deploymen
     assert {parked(one).error for one in letters} == {"gone", "destination_disabled"}
     assert len(deployment.inbox.received("/acme")) == 1
     worker.kill()  # and a new worker knows it from headgate.state
-    await deployment.worker()
+    worker = await deployment.worker()
     await deployment.publish([("acme", event("e3"))])
     await eventually(lambda: deployment.dead_letters("acme")[2:], "a third dead letter")
     assert len(deployment.inbox.received("/acme")) == 1
     tenant["destinations"][0]["options"]["url"] += "?fresh"
     deployment.inbox.script("/acme")
     await deployment.apply({"tenants": [tenant]})
+    await deployment.known_to(worker)
     await deployment.publish([("acme", event("e4"))])
     await eventually(
         lambda: deployment.inbox.received("/acme?fresh") or deployment.inbox.received("/acme")[1:], "again"
