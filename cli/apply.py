@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from cli.completion import files
-from cli.output import asks, load_settings, opened, output_option, printable, say, show_json, told
+from cli.output import asks, counted, load_settings, opened, output_option, printable, say, show_json, told
 from config.document import Document, Objection, Rules, parse_document
 from config.plan import Creation, Plan, make_plan
 from config.provision import provision
@@ -172,7 +172,7 @@ def command(file: str, dry_run: bool, prune: bool, yes: bool, output: str) -> No
     def agreed(plan: Plan) -> bool:
         if not plan.removed or yes:
             return True
-        count = f"{len(plan.removed)} tenant{'s' if len(plan.removed) > 1 else ''}"
+        count = counted(len(plan.removed), "tenant")
         if not asks() or file == "-":
             raise click.ClickException(f"this removes {count}: {_some(plan.removed)}; add --yes to do it")
         for line in plan.lines:
@@ -233,7 +233,7 @@ def _show(applied: Applied, dry_run: bool, output: str) -> None:
         click.echo(f"{each.tenant}/{each.destination}/{each.field}: {each.value.get_secret_value()}")
     if made:
         say("secrets are shown this once: hand them to the receivers now")
-    count = f"{len(plan.lines)} change{'s' if len(plan.lines) != 1 else ''}"
+    count = counted(len(plan.lines), "change")
     if not plan.lines:
         say("no changes")
     elif dry_run:

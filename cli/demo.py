@@ -30,12 +30,13 @@ import click
 import msgspec
 from confluent_kafka import Producer
 from prometheus_client.parser import text_string_to_metric_families
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cli.output import say, told
+from cli.output import counted, say, told
 from config.kafka import client_config
 from config.settings import Settings
 from dev import stack as embedded
@@ -161,7 +162,7 @@ class Demo:
     def flush(self) -> None:
         """Returns once the broker has acknowledged all that was published."""
         if left := self._producer.flush(FLUSH_TIMEOUT_S):
-            raise DemoFault(f"{left} events were not acknowledged by the broker. {' '.join(self._refused[-1:])}")
+            raise DemoFault(f"the broker has not acknowledged {counted(left, 'event')}. {' '.join(self._refused[-1:])}")
 
     def look(self) -> dict[str, list[Received]]:
         """What has arrived at each path since the last look."""
@@ -348,7 +349,7 @@ def _free_port() -> int:
 
 def _once(demo: Demo, count: int) -> int:
     """Publish, wait until everything has arrived, check. The exit code."""
-    say(f"publishing {count} events")
+    say(f"publishing {counted(count, 'event')}")
     began = time.monotonic()
     published: list[DemoEvent] = []
     for number in range(count):
@@ -380,8 +381,8 @@ def _once(demo: Demo, count: int) -> int:
     held = all(result.held for result in results)
     requests = sum(map(len, received.values()))
     click.echo(
-        f"{'all held' if held else 'NOT all held'}: {count} events of {len(TENANTS)} tenants, {requests} requests, "
-        f"{time.monotonic() - began:.1f} s"
+        f"{'all held' if held else 'NOT all held'}: {counted(count, 'event')} of {len(TENANTS)} tenants, "
+        f"{counted(requests, 'request')}, {time.monotonic() - began:.1f} s"
     )
     if not held:
         say(f"the end of the worker's log:\n{demo.log()}")
@@ -522,19 +523,21 @@ def _rows(demo: Demo, tallies: Mapping[str, Tally], replayed: Mapping[str, int])
     return rows
 
 
+# beside the numbers of a terminal of 80 columns
 _NOTES: Final = {
     "acme": "gets everything",
-    "acme2": "a name that starts alike",
-    "ACME": "a name that differs in case",
-    "globex": "filter: total > 100 in CH or DE",
-    "hooli": "two destinations, by type",
-    "initech": "fails now and then",
-    "umbrella": "refuses (422); now and then mended, and replayed",
+    "acme2": "begins alike",
+    "ACME": "differs in case",
+    "globex": "totals over 100",
+    "hooli": "two destinations",
+    "initech": "fails at times",
+    "umbrella": "refuses, is mended",
 }
 
 
 def live_table(rows: Sequence[Row], published: int) -> Table:
-    table = Table(title=f"headgate demo: {published} events published", title_justify="left", expand=False)
+    title = f"headgate demo: {counted(published, 'event')} published"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("tenant", no_wrap=True)
     for name in ("in", "delivered", "retrying", "dead", "p50", "p99"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -63,7 +63,7 @@ def enable_destination(destination: str, tenant: ExternalId, vendor: Vendor, out
 
 
 def _change(tenant: TenantRef, destination: str, make: _Make, output: str) -> None:
-    settings = load_settings()
+    settings = load_settings(tenant.vendor)
     # Taken before the state is read: an apply that runs meanwhile either is seen here, or notices us (ADR 0007)
     with Writer(settings.kafka.confluent(), settings.topics, tenant.vendor) as writer:
         current = writer.current().tenants.get(tenant.tenant)

@@ -82,7 +82,7 @@ def list_letters(which: Which, limit: int, with_marked: bool, output: str) -> No
       headgate dlq list --tenant acme --destination orders-hook --error timeout
       headgate dlq list --unrouted
     """
-    settings = load_settings()
+    settings = load_settings(which.vendor)
     chosen = which.chosen
     topic = topic_of(settings, which.vendor, which.owner)
     # A mark follows its letter, perhaps much later: all marks are read first, so that only what is shown is kept
@@ -131,7 +131,7 @@ def show(letter: tuple[int, int], tenant: ExternalId | None, vendor: Vendor, unr
       headgate dlq show 0/3 --unrouted
     """
     owner = owner_of(vendor, tenant, unrouted)
-    settings = load_settings()
+    settings = load_settings(vendor)
     partition, offset = letter
     topic = topic_of(settings, vendor, owner)
     message = _message_at(settings, topic, partition, offset)

@@ -36,7 +36,7 @@ from confluent_kafka.admin import (
 )
 from msgspec import Struct
 
-from cli.output import load_settings, output_option, printable, show_json, told
+from cli.output import counted, load_settings, output_option, printable, show_json, told
 from config.kafka import CONNECT_TIMEOUT_S, DENIED, KafkaFault, client_config, connected_admin, error_of, read_to_end
 from config.plan import Current, current_state
 from config.registry import Registry
@@ -141,7 +141,7 @@ def _verdict(name: str, status: Status, problems: Sequence[str], fine: str, do: 
 
 def _broker(settings: Settings, admin: AdminClient) -> Check:
     listed = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
-    count = f"{len(listed.brokers)} broker{'s' if len(listed.brokers) > 1 else ''}"
+    count = counted(len(listed.brokers), "broker")
     newest = asyncio.run(_produce_version(settings))
     if newest is None:
         return Check("broker", "ok", f"{count} at {settings.kafka.bootstrap}; the version is not told")
@@ -225,11 +225,13 @@ class _Tenants:
         try:
             registry = Registry(MasterKeys.load(settings.keys), settings.topics)
         except SettingsError:
-            return Check("tenants", "ok", f"{self.count} tenants; whether they are whole needs the master keys")
+            return Check(
+                "tenants", "ok", f"{counted(self.count, 'tenant')}; whether whole or not needs the master keys"
+            )
         for topic, key, value in records:
             registry.fold(topic, key, value)
         problems = [
-            f"{count} record{'s' if count > 1 else ''} left out ({reason})"
+            f"{counted(count, 'record')} left out ({reason})"
             for reason, count in registry.faults.items()
             if reason != "data_key"  # the keys' own check says which
         ]
@@ -242,7 +244,7 @@ class _Tenants:
             and tenant.record.keyVersion in tenant.keys
             and "data_key" not in registry.faults
         ]
-        fine = f"{self.count} tenants, whole"
+        fine = f"{counted(self.count, 'tenant')}, whole"
         return _verdict(
             "tenants",
             "fail",
@@ -409,7 +411,7 @@ def _replication(settings: Settings, cluster: _Cluster) -> Check:
     if behind:
         return _verdict("replication", "warn", behind, "", "look after the brokers that are behind or away")
     if few:
-        says = f"{len(few)} topics have fewer than {COPIES} copies (the fewest: {min(few.values())})"
+        says = f"fewer than {COPIES} copies of {counted(len(few), 'topic')} (the fewest: {min(few.values())})"
         if settings.replication_factor < COPIES:
             says += f"; HEADGATE_REPLICATION_FACTOR={settings.replication_factor}"
         do = "a lost disk loses events: with three brokers set HEADGATE_REPLICATION_FACTOR=3, and reassign what exists"
@@ -597,7 +599,7 @@ def _progress_of(
     firsts = _offsets(admin, parts, OffsetSpec.earliest())
     ends = _offsets(admin, parts, OffsetSpec.latest())
     lost = [
-        f"{part[0]}/{part[1]}: {firsts[part] - group.committed[part]} records"
+        f"{part[0]}/{part[1]}: {counted(firsts[part] - group.committed[part], 'record')}"
         for part in parts
         if part in group.committed and firsts.get(part, 0) > group.committed[part]
     ]
@@ -620,11 +622,11 @@ def _progress_of(
             oldest_s = max(oldest_s, (now_ms - max(at_ms + tier_s * 1000, not_before_ms)) / 1000)
         else:
             oldest_s = max(oldest_s, (now_ms - due_ms[0]) / 1000)
-    left = f"{records} records of {what} are not settled" if records else f"{what}: all settled"
+    left = f"not settled: {counted(records, 'record')} of {what}" if records else f"{what}: all settled"
     if oldest_s >= 1:
         span = show_duration(round(oldest_s))
         left += f", the oldest is due for {span}" if tiers_s else f", the oldest is {span} old"
-    says = f"{group.members} worker{'s' if group.members != 1 else ''}; {left}"
+    says = f"{counted(group.members, 'worker')}; {left}"
     if not group.members:
         yield Check(f"group {name}", "warn", says, "no worker runs: headgate worker")
     elif oldest_s > LAG_WARN_S:

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from cli.completion import files
-from cli.output import opened, output_option, printable, say, show_json
+from cli.output import counted, opened, output_option, printable, say, show_json
 from routing.filters import FilterError, FilterFault, compile_filter
 from schemas.event import Event, Problem, decode_event
 from schemas.ids import ExternalId
@@ -115,7 +115,7 @@ def command(expression: str, file: str | None, output: str) -> None:
             between = ","
             if monotonic() - told_at >= PROGRESS_EVERY_S:
                 told_at = monotonic()
-                say(f"{sum(counts.values())} lines tried")
+                say(f"{counted(sum(counts.values()), 'line')} tried")
         else:
             parts = (f"line {each.line}", each.id, each.type, f"{each.result}{': ' if each.why else ''}{each.why}")
             click.echo("  ".join(printable(part) for part in parts if part))

@@ -12,7 +12,6 @@ from cli.groups import Group
 from cli.output import (
     load_settings,
     output_option,
-    refuse_vendor,
     say,
     show_json,
     show_table,
@@ -128,8 +127,7 @@ def shown_options(value: Any) -> Any:
 
 
 def _chosen(vendor: Vendor, tenant: ExternalId | None) -> Iterator[tuple[ExternalId, CurrentTenant]]:
-    settings = load_settings()
-    refuse_vendor(settings, vendor)
+    settings = load_settings(vendor)
     current: Current = read_current(settings.kafka.confluent(), settings.topics, vendor)
     if tenant is not None and tenant not in current.tenants:
         raise click.ClickException(f"vendor {vendor} has no tenant {tenant!r}")

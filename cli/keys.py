@@ -15,6 +15,7 @@ from msgspec import Struct
 from cli.groups import Group
 from cli.output import (
     asks,
+    counted,
     load_settings,
     output_option,
     printable,
@@ -86,7 +87,7 @@ def rotate(master: bool, tenant: ExternalId | None, wait: bool, vendor: Vendor, 
         raise click.UsageError("give either --master or --tenant ID")
     if wait and not master:
         raise click.UsageError("--wait goes with --master")
-    settings = load_settings()
+    settings = load_settings(vendor)
     if tenant is None:
         return _rotate_master(settings, vendor, wait, output)
     rekeyed = rekey(settings, tenant_ref(vendor, tenant))
@@ -95,7 +96,7 @@ def rotate(master: bool, tenant: ExternalId | None, wait: bool, vendor: Vendor, 
             {"vendor": vendor, "tenant": tenant, "keyVersion": rekeyed.key_version, "secretsSealed": rekeyed.secrets}
         )
     else:
-        count = f"{rekeyed.secrets} secret{'' if rekeyed.secrets == 1 else 's'}"
+        count = counted(rekeyed.secrets, "secret")
         click.echo(f"{printable(tenant)}: key version {rekeyed.key_version} is current, {count} sealed with it")
     return None
 
@@ -148,7 +149,7 @@ def _rotate_master(settings: Settings, vendor: Vendor, wait: bool, output: str) 
             }
         )
     else:
-        click.echo(f"{count} key{'' if count == 1 else 's'} wrapped by {keys.first}, {len(writes)} of them anew")
+        click.echo(f"{counted(count, 'key')} wrapped by {keys.first}, {len(writes)} of them anew")
     if needed:
         say(
             f"keep the line{'s' if len(needed) > 1 else ''} of {', '.join(needed)} in every master key file: topic "
@@ -199,7 +200,7 @@ def shred_key(tenant: ExternalId, yes: bool, vendor: Vendor, output: str) -> Non
     may be stopped, and run again.
     """
     owner = tenant_ref(vendor, tenant)
-    settings = load_settings()
+    settings = load_settings(vendor)
     started = monotonic()
 
     def agreed(question: str) -> bool:

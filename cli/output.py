@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import time
@@ -45,15 +45,6 @@ vendor_option = click.option(
 )
 
 
-def refuse_vendor(settings: Settings, vendor: Vendor) -> None:
-    """A vendor that this deployment does not have is a slip, and nothing found would look like an answer."""
-    if vendor not in settings.vendors:
-        raise click.BadParameter(
-            f"{vendor!r} is no vendor of this deployment ({', '.join(settings.vendors)}); add it to HEADGATE_VENDORS",
-            param_hint="'--vendor'",
-        )
-
-
 def tenant_option(help_text: str, *, required: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return click.option("--tenant", metavar="ID", callback=_tenant, required=required, help=help_text)
 
@@ -79,6 +70,10 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def told(command: Callable[P, R]) -> Callable[P, R]:
     """Faults that a person can mend become a message and exit 1; bugs stay bugs."""
 
@@ -92,9 +87,13 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
-    """The settings of the environment, or those of the embedded stack where the environment names no broker."""
-    env = dict(os.environ if environ is None else environ)
+def load_settings(vendor: Vendor | None = None) -> Settings:
+    """The settings of the environment, or those of the embedded stack where the environment names no broker.
+
+    `vendor` is whose tenants the command is about. One that this deployment does not have is refused: it is a slip, and
+    nothing found would look like an answer.
+    """
+    env = dict(os.environ)
     if not env.get("HEADGATE_KAFKA_BOOTSTRAP"):
         folder = Path(env.get("HEADGATE_DEV_DIR") or ".headgate")
         running = None
@@ -114,6 +113,11 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
     settings = Settings.load(env)
     for warning in settings.warnings:
         say(f"warning: {warning}")
+    if vendor is not None and vendor not in settings.vendors:
+        raise click.BadParameter(
+            f"{vendor!r} is no vendor of this deployment ({', '.join(settings.vendors)}); add it to HEADGATE_VENDORS",
+            param_hint="'--vendor'",
+        )
     return settings
 
 

@@ -17,10 +17,10 @@ from msgspec import Struct
 
 from cli.completion import files
 from cli.output import (
+    counted,
     load_settings,
     opened,
     output_option,
-    refuse_vendor,
     say,
     show_json,
     tenant_option,
@@ -174,7 +174,7 @@ class _Publisher:
         """Why the broker refused events, if it did."""
         if self._refusal is not None:
             return explain(self._refusal, f"write to topic {self._topic}", self._kafka, self._faults)
-        return KafkaFault(f"{self.done.refused} events were not acknowledged") if self.done.refused else None
+        return KafkaFault(f"not acknowledged: {counted(self.done.refused, 'event')}") if self.done.refused else None
 
     def _pace(self) -> None:
         if self._rate_per_s:
@@ -195,7 +195,7 @@ class _Publisher:
         now = monotonic()
         if now - self._told >= PROGRESS_EVERY_S:
             self._told = now
-            say(f"{self.done.published} events published")
+            say(f"{counted(self.done.published, 'event')} published")
 
 
 @click.command()
@@ -233,8 +233,7 @@ def command(
         rate_per_s = parse_rate_per_s(rate) if rate else 0.0
     except ValueError as fault:
         raise click.BadParameter(str(fault), param_hint="--rate") from None
-    settings = load_settings()
-    refuse_vendor(settings, vendor)
+    settings = load_settings(vendor)
     max_bytes = settings.sizes.max_event_bytes
     streaming = file == "-" or not os.path.isfile(file)
     if not streaming:
@@ -262,7 +261,7 @@ def command(
     if (refusal := publisher.fault()) is not None:
         raise refusal
     if stopped is not None:
-        raise click.ClickException(f"{stopped}\nstopped there: {done.published} events were published before it")
+        raise click.ClickException(f"{stopped}\nstopped there; published before it: {counted(done.published, 'event')}")
 
 
 def _report(done: Published, output: str) -> None:
@@ -272,7 +271,9 @@ def _report(done: Published, output: str) -> None:
     more = "".join(
         f", {count} {what}" for count, what in ((done.skipped, "skipped"), (done.refused, "refused")) if count
     )
-    click.echo(f"{done.published} events published{more} ({done.bytes} bytes, {done.seconds:.1f} s)")
+    click.echo(
+        f"{counted(done.published, 'event')} published{more} ({counted(done.bytes, 'byte')}, {done.seconds:.1f} s)"
+    )
 
 
 def _shown(file: str) -> str:
@@ -290,8 +291,7 @@ def _refuse_bad_file(file: str, tenant: ExternalId | None, max_bytes: int, skip_
     if bad > SHOWN_FAULTS:
         say(f"… and {bad - SHOWN_FAULTS} more")
     if bad and not skip_bad:
-        count = f"{bad} bad line{'s' if bad > 1 else ''}"
-        raise click.ClickException(f"{count}: nothing was sent (--skip-bad sends the others)")
+        raise click.ClickException(f"{counted(bad, 'bad line')}: nothing was sent (--skip-bad sends the others)")
 
 
 def _refuse_missing_topic(settings: Settings, topic: str, vendor: Vendor) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import click
 
 from cli.letters import Which, current_tenant, selectors, topic_of, vault_of
-from cli.output import asks, load_settings, output_option, say, show_json, told
+from cli.output import asks, counted, load_settings, output_option, say, show_json, told
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault
 from config.provision import topic_ids
@@ -94,7 +94,7 @@ def replay(which: Which, rate: float, dry_run: bool, wait: bool, force: bool, re
     Counts, then starts; asks before it does on a terminal. Ends when the last letter is acknowledged by Kafka: delivery
     is the workers'. Result: how many matched, were replayed, were skipped.
     """
-    settings = load_settings()
+    settings = load_settings(which.vendor)
     job = resume or (secrets.token_hex(8) if force else "")
     if which.owner is None:
         unrouted = UnroutedPost(settings, which.vendor)
@@ -129,7 +129,7 @@ def drop(which: Which, dry_run: bool, output: str) -> None:
     dlq list --all` shows them, and a forced replay sends them. Counts, then starts; asks before it does on a terminal.
     Result: how many matched, were dropped, were skipped since they were done before.
     """
-    settings = load_settings()
+    settings = load_settings(which.vendor)
     topic = topic_of(settings, which.vendor, which.owner)
     found = _surveyed(settings, which, topic, lambda _: "", "")
     dropped = 0
@@ -140,7 +140,7 @@ def drop(which: Which, dry_run: bool, output: str) -> None:
             topic,
             found,
             secrets.token_hex(8),
-            lambda done: progress.tell(lambda: f"{done} of {found.open} letters dropped"),
+            lambda done: progress.tell(lambda: f"{done} of {counted(found.open, 'letter')} dropped"),
         )
     _show(found, "dropped", dropped, output)
 
@@ -180,14 +180,14 @@ def _replayed(
         job_of=job_of,
         rate_per_s=rate_per_s,
         keep_jobs=keep_jobs,
-        told=lambda done: progress.tell(lambda: f"{done} of {found.open} letters sent"),
+        told=lambda done: progress.tell(lambda: f"{done} of {counted(found.open, 'letter')} sent"),
     )
     before = found.skipped.copy()
     try:
         sent = replay.run()
     except (KafkaFault, KeyboardInterrupt):
         again = f"with --resume {job}" if job else "by the same command"
-        say(f"interrupted: {replay.sent.count} of {found.open} letters were sent; go on {again}")
+        say(f"interrupted: {replay.sent.count} of {counted(found.open, 'letter')} sent; go on {again}")
         raise
     _say_skipped(found.skipped - before)
     return found, sent
@@ -202,23 +202,23 @@ def _surveyed(settings: Settings, which: Which, topic: str, objection: Callable[
         which.chosen,
         objection=objection,
         job=job,
-        told=lambda read: progress.tell(lambda: f"counting: {read} records of {topic} read"),
+        told=lambda read: progress.tell(lambda: f"counting: {counted(read, 'record')} of {topic} read"),
     )
-    say(f"{_letters(found.matched)} {which.of_whom()} match")
+    say(f"{counted(found.matched, 'letter')} {which.of_whom()} match")
     _say_skipped(found.skipped)
     return found
 
 
 def _say_skipped(skipped: Counter[str]) -> None:
     for why, count in skipped.items():
-        say(f"skipped: {_letters(count)}: {why}")
+        say(f"skipped: {counted(count, 'letter')}: {why}")
 
 
 def _agreed(found: Survey, which: Which, doing: Literal["Send", "Drop"]) -> bool:
     """Whether there is something to do and nobody at the terminal objects."""
     if not found.open:
         return False
-    if asks() and not click.confirm(f"{doing} {_letters(found.open)} {which.of_whom()}?", err=True):
+    if asks() and not click.confirm(f"{doing} {counted(found.open, 'letter')} {which.of_whom()}?", err=True):
         raise click.ClickException("nothing was changed")
     return True
 
@@ -226,7 +226,7 @@ def _agreed(found: Survey, which: Which, doing: Literal["Send", "Drop"]) -> bool
 def _until_ended(watch: Watch, found: Survey, sent: Sent) -> None:
     progress = _Progress()
     ended = watch.until_all_ended(
-        sent.jobs, found.ended, lambda done: progress.tell(lambda: f"{done} of {sent.count} letters settled")
+        sent.jobs, found.ended, lambda done: progress.tell(lambda: f"{done} of {counted(sent.count, 'letter')} settled")
     )
     say(f"settled: {ended.delivered} delivered, {ended.dead} dead letters again")
 
@@ -247,7 +247,3 @@ def _show(found: Survey, done: Literal["replayed", "dropped"], count: int, outpu
         show_json({"matched": found.matched, done: count, "skipped": skipped})
     else:
         click.echo(f"{found.matched} matched, {count} {done}, {skipped} skipped")
-
-
-def _letters(count: int) -> str:
-    return f"{count} letter{'' if count == 1 else 's'}"

@@ -80,7 +80,7 @@ def rotate(tenant: ExternalId, destination: str, overlap_ms: int, vendor: Vendor
     A secret that the configuration file gives must be changed there too, or the next apply brings it back.
     """
     owner = tenant_ref(vendor, tenant)
-    rotated = rotate_destination(load_settings(), owner, DestinationId(destination), overlap_ms)
+    rotated = rotate_destination(load_settings(vendor), owner, DestinationId(destination), overlap_ms)
     if output == "json":
         show_json(
             {

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from cli.output import (
     Moment,
+    counted,
     load_settings,
     output_option,
     printable,
@@ -272,7 +273,7 @@ def command(event_id: str, tenant: ExternalId, vendor: Vendor, since: int | None
     offset), or a delivery's id. The log reaches back HEADGATE_ATTEMPTS_RETENTION (7 days); --since reads less of it.
     Exits 1 if nothing is found, and says what to check.
     """
-    settings = load_settings()
+    settings = load_settings(vendor)
     owner = TenantRef(vendor, tenant)
     current = read_current(settings.kafka.confluent(), settings.topics, vendor).tenants.get(tenant)
     if current is None:
@@ -288,7 +289,7 @@ def command(event_id: str, tenant: ExternalId, vendor: Vendor, since: int | None
     else:
         _show(trace)
     if found.omitted:
-        say(f"{found.omitted} older records of it are left out; --since, or a delivery's id, narrows it down")
+        say(f"left out: {counted(found.omitted, 'older record')} of it; --since, or a delivery's id, narrows it down")
     if not events and not unrouted:
         raise click.ClickException(_nothing(settings, owner, current, trace))
 
@@ -672,7 +673,9 @@ def _nothing(settings: Settings, owner: TenantRef, current: CurrentTenant, trace
         told.append(f"- the tenant is {current.record.state}: its events are not routed")
     lag, where = _lag(settings, owner)
     if lag:
-        told.append(f"- {lag} records of the tenant's partition ({where}) are not settled yet: does a worker run?")
+        told.append(
+            f"- not settled yet: {counted(lag, 'record')} of the tenant's partition ({where}). Does a worker run?"
+        )
     since = f"reaches back to {trace.logSince}" if trace.logSince else "is empty"
     told += [
         f"- the log {since} (HEADGATE_ATTEMPTS_RETENTION, --since): what is older is not found",

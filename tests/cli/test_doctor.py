@@ -146,7 +146,7 @@ async def test_records_that_retention_took_before_a_worker_did_fail(deployment: 
     await deployment.publish([("acme", event(f"lost{n}")) for n in range(5)])
     waiting = (await checks(deployment))[group]
     assert waiting["status"] != "fail"
-    assert "5 records of ingress are not settled" in waiting["says"]
+    assert "not settled: 5 records of ingress" in waiting["says"]
     topic = deployment.settings.topics.ingress(DEFAULT_VENDOR)
     (full,) = [number for number, end in deployment.ends(topic).items() if end]
     client = admin(deployment)
