@@ -7,6 +7,7 @@ applied. `apply_document` is the same for programs.
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from time import time
 from typing import Final
 
@@ -22,6 +23,7 @@ from config.provision import provision
 from config.settings import Settings
 from config.vault import MasterKeys
 from config.writer import Writer, read_current
+from connectors.egress import Egress
 from connectors.registry import KINDS, LATER
 from routing.filters import FilterError, compile_filter
 from routing.match import PatternError, parse_pattern
@@ -59,7 +61,11 @@ def apply_document(
     """
     started = time()
     document = parse_document(
-        text, file=file, rules=RULES, env=os.environ if env is None else env, vendors=settings.vendors
+        text,
+        file=file,
+        rules=msgspec.structs.replace(RULES, check_dial=partial(_check_dial, Egress(settings.egress_allow))),
+        env=os.environ if env is None else env,
+        vendors=settings.vendors,
     )
     for warning in document.warnings:
         say(f"warning: {warning}")
@@ -78,6 +84,8 @@ def apply_document(
             prune=prune,
             now_ms=int(time() * 1000),
         )
+        if plan.warning:
+            say(f"warning: {plan.warning}")
         if writer is None or not agreed(plan):
             return Applied(plan, document, False, time() - started)
         provision_topics(settings, plan, say)
@@ -127,6 +135,13 @@ def _check_redact(text: str) -> Objection | None:
     return None
 
 
+def _check_dial(egress: Egress, host: str, tls: bool) -> Objection | None:
+    if not (why := egress.foreseen(host, tls=tls)):
+        return None
+    remedy = "what is sent there becomes a dead letter (egress_blocked), unless HEADGATE_EGRESS_ALLOW of the workers, "
+    return Objection(why, f"{remedy}unlike the one here, covers it")
+
+
 RULES: Final = Rules(KINDS, LATER, _check_where, _check_pattern, _check_redact)
 
 
@@ -142,7 +157,7 @@ RULES: Final = Rules(KINDS, LATER, _check_where, _check_pattern, _check_redact)
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan and touch nothing.")
 @click.option("--prune", is_flag=True, help="Remove the vendor's tenants that are not in the file.")
-@click.option("--yes", is_flag=True, help="Do not ask before removing tenants.")
+@click.option("--yes", is_flag=True, help="Do not ask before tenants are removed, or a new master key is used.")
 @output_option
 @told
 def command(file: str, dry_run: bool, prune: bool, yes: bool, output: str) -> None:
@@ -170,7 +185,11 @@ def command(file: str, dry_run: bool, prune: bool, yes: bool, output: str) -> No
     shown = "stdin" if file == "-" else file
 
     def agreed(plan: Plan) -> bool:
-        if not plan.removed or yes:
+        if yes:
+            return True
+        if plan.warning and asks() and file != "-" and not click.confirm("Do all workers have it?", err=True):
+            return False
+        if not plan.removed:
             return True
         count = counted(len(plan.removed), "tenant")
         if not asks() or file == "-":

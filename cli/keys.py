@@ -27,7 +27,7 @@ from cli.output import (
     vendor_option,
 )
 from config.erasure import Pace, duration, erase, masters_in, pace_of, remaining
-from config.plan import CurrentTenant, Write
+from config.plan import CurrentTenant, Write, new_master
 from config.provision import delete_topics
 from config.rotation import (
     Rekeyed,
@@ -90,7 +90,7 @@ def rotate(master: bool, tenant: ExternalId | None, wait: bool, vendor: Vendor, 
     settings = load_settings(vendor)
     if tenant is None:
         return _rotate_master(settings, vendor, wait, output)
-    rekeyed = rekey(settings, tenant_ref(vendor, tenant))
+    rekeyed = rekey(settings, tenant_ref(vendor, tenant), agreed=_workers_have_it)
     if output == "json":
         show_json(
             {"vendor": vendor, "tenant": tenant, "keyVersion": rekeyed.key_version, "secretsSealed": rekeyed.secrets}
@@ -101,11 +101,24 @@ def rotate(master: bool, tenant: ExternalId | None, wait: bool, vendor: Vendor, 
     return None
 
 
-def rekey(settings: Settings, owner: TenantRef) -> Rekeyed:
-    """A new data-key version for the tenant, in force on return. Raises Refusal, SettingsError, KafkaFault, Fenced."""
+def _workers_have_it(warning: str) -> None:
+    """Says the warning of a new master key, and asks on a terminal."""
+    if asks() and not click.confirm(f"{warning}. Do all workers have it?", err=True):
+        raise click.ClickException("nothing was changed")
+    say(warning)
+
+
+def rekey(settings: Settings, owner: TenantRef, *, agreed: Callable[[str], None] = lambda warning: None) -> Rekeyed:
+    """A new data-key version for the tenant, in force on return.
+
+    `agreed` hears what there is to heed, before anything is written. Raises Refusal, SettingsError, KafkaFault, Fenced.
+    """
     keys = MasterKeys.load(settings.keys)
     with Writer(settings.kafka.confluent(), settings.topics, owner.vendor, ROTATE) as writer:
-        rekeyed = rotate_tenant_key(owner, writer.current(), master=keys, now_ms=int(time() * 1000))
+        current = writer.current()
+        rekeyed = rotate_tenant_key(owner, current, master=keys, now_ms=int(time() * 1000))
+        if warning := new_master(keys, current):
+            agreed(warning)
         writer.write(rekeyed.writes, record_bytes(settings.sizes.max_event_bytes))
     return rekeyed
 
@@ -118,12 +131,8 @@ def _rotate_master(settings: Settings, vendor: Vendor, wait: bool, output: str) 
         writes: list[Write] = []
         for name, known in current.tenants.items():
             writes += rewrap(TenantRef(vendor, name), known, keys)
-        in_use = {key.master for known in current.tenants.values() for key in known.keys.values()}
-        if writes and keys.first not in in_use:
-            warning = f"{keys.first} has wrapped no key so far: a worker whose master key file lacks it ends"
-            if asks() and not click.confirm(f"{warning}. Do all workers have it?", err=True):
-                raise click.ClickException("nothing was changed")
-            say(warning)
+        if writes and (warning := new_master(keys, current)):
+            _workers_have_it(warning)
         writer.write(writes, record_bytes(settings.sizes.max_event_bytes))
     count = sum(len(known.keys) for known in current.tenants.values())
     pace = pace_of(kafka, topics)

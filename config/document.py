@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Mapping as MappingOf
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypeAlias, cast, get_origin
+from typing import Any, Final, Literal, Protocol, TypeAlias, cast, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -54,6 +54,11 @@ class Kind(Protocol):
         """Makes the secrets of the fields that a configuration may leave out."""
         ...
 
+    @property
+    def dials(self) -> Callable[[Any], MappingOf[str, tuple[str, bool]]]:
+        """By option, the host that options name and whether it is spoken to in TLS."""
+        ...
+
 
 class Objection(Struct, frozen=True):
     """What a rule has against a text, and what to write instead. `column`: from 1 inside the text; 0: all of it."""
@@ -67,13 +72,18 @@ Check: TypeAlias = Callable[[str], Objection | None]
 
 
 class Rules(Struct, frozen=True):
-    """What the floors above know: kinds of destinations, and how filters, type patterns and redactions are written."""
+    """What the floors above know: kinds of destinations, and how filters, type patterns and redactions are written.
+
+    `check_dial` is asked of a host, and whether it is spoken to in TLS; what it has against it is a warning, since the
+    workers' settings decide.
+    """
 
     kinds: MappingOf[str, Kind]
     later_kinds: frozenset[str]
     check_where: Check
     check_pattern: Check
     check_redact: Check
+    check_dial: Callable[[str, bool], Objection | None] = lambda host, tls: None
 
 
 class Fault(Struct, frozen=True):
@@ -350,9 +360,14 @@ class _Reader:
             return msgspec.Raw(b"{}")
         encoded = msgspec.json.encode(options, order="deterministic")
         try:
-            kind.options.model_validate(msgspec.json.decode(encoded))
+            valid = kind.options.model_validate(msgspec.json.decode(encoded))
         except ValidationError as fault:
             self._model_faults(fault, kind.options, node, parent, path)
+        else:
+            for name, (host, tls) in kind.dials(valid).items():
+                if (objection := self._rules.check_dial(host, tls)) is not None:
+                    place = _descend(node or parent, (name,))[0].place
+                    self._warn(place, f"{path}.{name}", objection.message, objection.remedy)
         return msgspec.Raw(encoded)
 
     def _secrets(self, kind: Kind | None, node: Node | None, path: str) -> dict[str, SecretStr | None]:
@@ -427,15 +442,7 @@ class _Reader:
                 found = self._secret_file(value, at, text)
             case _:
                 found = text
-                self._warnings.append(
-                    Fault(
-                        self._file,
-                        value.place,
-                        at,
-                        "a secret stands in the file itself",
-                        "prefer {env: NAME} or {file: PATH}",
-                    )
-                )
+                self._warn(value.place, at, "a secret stands in the file itself", "prefer {env: NAME} or {file: PATH}")
         if found is not None and not found:
             self._fault(value.place, at, "the secret is empty")
             return None
@@ -529,15 +536,8 @@ class _Reader:
                 self._fault(given.place, f"{path}.max_age", "must be longer than 0")
             max_age_s = age_s or max_age_s
         if sum(schedule) > max_age_s > 0:
-            self._warnings.append(
-                Fault(
-                    self._file,
-                    node.place,
-                    path,
-                    f"the schedule takes longer than max_age ({max_age_s:g} s)",
-                    "its last attempts are never made",
-                )
-            )
+            message = f"the schedule takes longer than max_age ({max_age_s:g} s)"
+            self._warn(node.place, path, message, "its last attempts are never made")
         also = []
         if (given := fields.get("also")) is not None:
             for at, item in self._items(given, f"{path}.also"):
@@ -647,6 +647,9 @@ class _Reader:
 
     def _fault(self, place: Place, path: str, message: str, remedy: str = "") -> None:
         self.faults.append(Fault(self._file, place, path, message, remedy))
+
+    def _warn(self, place: Place, path: str, message: str, remedy: str) -> None:
+        self._warnings.append(Fault(self._file, place, path, message, remedy))
 
     def _not_a(self, node: Node, path: str, wanted: str) -> None:
         seen = {Listing: "a list", Mapping: "a mapping", Scalar: "a single value"}[type(node)]

@@ -106,6 +106,7 @@ class Plan(Struct, frozen=True):
     """`writes` are in the order in which they must lie in the topics; `tags` are those whose topics must exist.
 
     `longest_max_age_s` is the longest that a delivery of the vendor can wait, of what is configured after the apply.
+    `warning` is of the master key with which it wraps new data keys; empty where that is in use.
     """
 
     vendor: Vendor
@@ -115,6 +116,7 @@ class Plan(Struct, frozen=True):
     longest_max_age_s: float
     made: tuple[MadeSecret, ...]
     removed: tuple[ExternalId, ...]
+    warning: str
 
 
 def tenant_key(tenant: TenantRef) -> ControlKey:
@@ -228,6 +230,7 @@ def make_plan(
         max(ages, default=0.0),
         tuple(work.made),
         tuple(work.removed),
+        new_master(master, current) if any(write.topic == "keys" for write in work.writes) else "",
     )
 
 
@@ -497,6 +500,14 @@ def unwrapped(master: MasterKeys, ref: TenantRef, key: WrappedKey) -> bytes:
                 f"that are given ({held}): {fault.code}; give HEADGATE_MASTER_KEY_FILE all that were ever in use"
             ]
         ) from None
+
+
+def new_master(master: MasterKeys, current: Current) -> str:
+    """What to heed before the first master key wraps a data key, where it has wrapped none of those in use."""
+    in_use = {key.master for tenant in current.tenants.values() for key in tenant.keys.values()}
+    if not in_use or master.first in in_use:
+        return ""
+    return f"{master.first} has wrapped no key so far: a worker whose master key file lacks it ends"
 
 
 def refuse_foreign_master(master: MasterKeys, vendor: Vendor, current: Current) -> None:

@@ -103,9 +103,12 @@ class Spec(Generic[Options, Secrets]):
         example: Mapping[str, Any],
         codes: Mapping[str, str],
         connect: "Callable[[TenantRef, DestinationId, Options, Secrets, Egress, Set[int]], Connector]",
+        dials: Callable[[Options], Mapping[str, tuple[str, bool]]],
         generate: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         """`codes` maps each outcome code to its meaning; `generate` makes the secrets that none were given for.
+
+        `dials` gives, by option, the host that it names and whether that is spoken to in TLS.
 
         `connect`'s last argument are the statuses of the destination's `retry.also`.
         """
@@ -117,4 +120,5 @@ class Spec(Generic[Options, Secrets]):
         self.example = example
         self.codes = codes
         self.connect = connect
+        self.dials = dials
         self.generate = generate

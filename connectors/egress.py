@@ -77,6 +77,7 @@ MAX_LOOKUP_THREADS: Final = 32
 # them, so that its slow names delay its own look-ups first.
 MAX_LOOKUPS_PER_TENANT: Final = 3
 MAX_ADDRESSES: Final = 8
+CLEAR_TEXT: Final = "http is refused: use https (only addresses in HEADGATE_EGRESS_ALLOW may go without TLS)"
 
 
 class Ruling(Enum):
@@ -248,19 +249,26 @@ class Egress:
 
         Raises Blocked (no socket was made) or OSError.
         """
-        ruling = self.rule(address)
-        if ruling is Ruling.BLOCKED:
-            self._count(tenant)
-            raise Blocked(f"the address {address} is not public; destinations must be reachable on the internet")
-        if ruling is Ruling.OPEN and not tls:
-            self._count(tenant)
-            raise Blocked("http is refused: use https (only addresses in HEADGATE_EGRESS_ALLOW may go without TLS)")
+        objection = self._objection(address, tls)
+        if objection:
+            if self._on_blocked is not None:
+                self._on_blocked(tenant)
+            raise Blocked(objection)
         mapped = address.ipv4_mapped if address.version == 6 else None
         return self._connect(mapped or address, port)
 
-    def _count(self, tenant: TenantRef) -> None:
-        if self._on_blocked is not None:
-            self._on_blocked(tenant)
+    def _objection(self, address: Address, tls: bool) -> str:
+        ruling = self.rule(address)
+        if ruling is Ruling.BLOCKED:
+            return f"the address {address} is not public; destinations must be reachable on the internet"
+        return CLEAR_TEXT if ruling is Ruling.OPEN and not tls else ""
+
+    def foreseen(self, host: str, *, tls: bool) -> str:
+        """Why no dial of this host can succeed, where that is certain without a look-up; else empty."""
+        address = literal(host)
+        if address is not None:
+            return self._objection(address, tls)
+        return "" if tls or self._allow else CLEAR_TEXT
 
     def look_up(self, tenant: TenantRef, host: str, done: Found) -> Names | None:
         """The addresses of `host` where they are known, else None, and `done` is called within `lookup_timeout_s`.

@@ -112,5 +112,6 @@ SPEC: Final = Spec(
     },
     codes=CODES,
     connect=connect,
+    dials=lambda options: {"url": (options.place.host, options.place.tls)},
     generate=generate_secrets,
 )

@@ -1,5 +1,6 @@
 """The `headgate` command on real Kafka: what stands on stdout, what on stderr, the exit, and what the topics hold."""
 
+import base64
 import json
 import os
 import socket
@@ -209,6 +210,34 @@ def test_a_faulty_file_applies_nothing_and_names_every_place(shell: Shell) -> No
     assert not [name for name in topics if name.startswith(shell.settings.topics.prefix)]
 
 
+@pytest.mark.parametrize(
+    ("url", "allow", "why"),
+    [
+        ("http://hooks.acme.example/in", "", "http is refused: use https"),
+        ("http://93.184.216.34/in", "10.0.0.0/8", "http is refused: use https"),
+        ("https://0x7f.1/in", "10.0.0.0/8", "the address 127.0.0.1 is not public"),
+        # the controls: what may be reached, or only a look-up can tell
+        ("https://hooks.acme.example/in", "", None),
+        ("https://127.0.0.1/in", "127.0.0.0/8", None),
+        ("http://127.0.0.1:8000/in", "127.0.0.0/8", None),
+        ("http://hooks.acme.example/in", "10.0.0.0/8", None),
+    ],
+)
+def test_apply_warns_of_what_the_guard_will_refuse_and_applies_it(
+    shell: Shell, url: str, allow: str, why: str | None
+) -> None:
+    file = shell.file(CONFIGURATION.replace("https://hooks.acme.example/in?token=canary-7f3a9c", url))
+    result = shell.run("apply", "-f", file, "--dry-run", env={"HEADGATE_EGRESS_ALLOW": allow})
+    assert (result.exit_code, "+ destination acme/hook" in result.stdout) == (0, True)
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    if why is None:
+        assert warnings == []
+    else:
+        (warning,) = warnings
+        assert warning.startswith(f"warning: {file}:7:24: tenants[0].destinations[0].options.url: {why}")
+        assert warning.endswith("unless HEADGATE_EGRESS_ALLOW of the workers, unlike the one here, covers it")
+
+
 def test_made_secrets_are_shown_once_and_only_when_they_are_in_force(shell: Shell) -> None:
     text = CONFIGURATION.replace("          signing: {env: ACME_SIGNING}\n", "")
     planned = shell.run("apply", "-f", "-", "--dry-run", "--output", "json", stdin=text)
@@ -220,6 +249,25 @@ def test_made_secrets_are_shown_once_and_only_when_they_are_in_force(shell: Shel
     assert open_secrets(tenant, next(iter(tenant.destinations.values())), 0)["signing"] == [made["value"]]
     again = shell.run("apply", "-f", "-", "--output", "json", stdin=text)
     assert json.loads(again.stdout)["secrets"] == []
+
+
+@pytest.mark.parametrize("using", [["apply", "-f", "-"], ["keys", "rotate", "--tenant", "acme"]])
+def test_a_master_key_that_wraps_for_the_first_time_is_warned_of(shell: Shell, using: list[str]) -> None:
+    more = CONFIGURATION + "  - externalId: globex\n"
+    key = base64.b64encode(os.urandom(32)).decode()
+    both = shell.file(f"new:{key}\n{Path(shell.env['HEADGATE_MASTER_KEY_FILE']).read_text()}", "both.key")
+    warning = "new has wrapped no key so far: a worker whose master key file lacks it ends"
+    # the controls: the first keys of all, and a change that wraps none
+    assert warning not in shell.run("apply", "-f", "-", stdin=CONFIGURATION).stderr
+    env = {"HEADGATE_MASTER_KEY_FILE": both}
+    renamed = shell.run("apply", "-f", "-", stdin=CONFIGURATION.replace("Acme Ltd", "Acme"), env=env)
+    assert (renamed.exit_code, warning in renamed.stderr) == (0, False)
+    planned = shell.run("apply", "-f", "-", "--dry-run", stdin=more, env=env)
+    used = shell.run(*using, stdin=more, env=env)
+    assert (used.exit_code, warning in planned.stderr, warning in used.stderr) == (0, True, True), used.stderr
+    # and once it is in use no more
+    again = shell.run("apply", "-f", "-", stdin=more + "  - externalId: hooli\n", env=env)
+    assert (again.exit_code, warning in again.stderr) == (0, False)
 
 
 def test_pruning_asks_and_without_a_terminal_wants_a_yes(shell: Shell) -> None:
