@@ -6,7 +6,8 @@ letter later.
 
 import os
 from codecs import BOM_UTF8
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from time import monotonic, sleep, time
 from typing import IO, Final
 
@@ -21,6 +22,7 @@ from cli.output import (
     load_settings,
     opened,
     output_option,
+    printable,
     say,
     show_json,
     tenant_option,
@@ -28,12 +30,14 @@ from cli.output import (
     vendor_option,
 )
 from config.document import parse_rate_per_s
-from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain
+from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain, read_to_end
 from config.settings import Settings
+from schemas.control import TenantRecord, decode_control, parse_control_key
 from schemas.event import Problem, decode_event
 from schemas.ids import ExternalId, Vendor, external_id_problem
 
 SHOWN_FAULTS: Final = 20
+SHOWN_KEYS: Final = 5
 PROGRESS_EVERY_S: Final = 2.0
 FLUSH_TIMEOUT_S: Final = 60.0
 UNREACHABLE_AFTER_S: Final = 30.0
@@ -51,9 +55,12 @@ class BadLine(Struct, frozen=True):
 
 
 class Published(Struct):
+    """`unknownTenant`: how many of the published have the key of no active tenant; None where that cannot be known."""
+
     published: int = 0
     refused: int = 0
     skipped: int = 0
+    unknownTenant: int | None = None
     bytes: int = 0
     seconds: float = 0.0
 
@@ -121,6 +128,7 @@ class _Publisher:
 
     def __init__(self, settings: Settings, topic: str, rate_per_s: float) -> None:
         self.done = Published()
+        self.keys: Counter[ExternalId] = Counter()  # of what was sent
         self._kafka = settings.kafka.confluent()
         self._topic = topic
         self._rate_per_s = rate_per_s
@@ -158,6 +166,7 @@ class _Publisher:
             except KafkaException as exception:
                 raise explain(error_of(exception), f"write line {line.number}", self._kafka, self._faults) from None
         self._sent += 1
+        self.keys[line.key] += 1
         self._producer.poll(0)
         if self._refusal is not None:
             raise explain(self._refusal, f"write to topic {self._topic}", self._kafka, self._faults)
@@ -240,7 +249,7 @@ def command(
         _refuse_bad_file(file, tenant, max_bytes, skip_bad)
     source = opened(file)
     topic = settings.topics.ingress(vendor)
-    _refuse_missing_topic(settings, topic, vendor)
+    visible = _visible_topics(settings, topic, vendor)
     publisher = _Publisher(settings, topic, rate_per_s)
     stopped: str | None = None
     try:
@@ -257,7 +266,14 @@ def command(
                     say(f"skipped: {_shown(file)}:{line.number}: {line.detail}")
     finally:
         done = publisher.finish()
+        unknown: Counter[ExternalId] | None = None
+        if publisher.fault() is None and settings.topics.control in visible:
+            unknown = _of_no_tenant(settings, vendor, publisher.keys)
+        if unknown is not None:
+            done.unknownTenant = unknown.total()
         _report(done, output)
+        if unknown:
+            _say_unknown(unknown, vendor)
     if (refusal := publisher.fault()) is not None:
         raise refusal
     if stopped is not None:
@@ -294,9 +310,36 @@ def _refuse_bad_file(file: str, tenant: ExternalId | None, max_bytes: int, skip_
         raise click.ClickException(f"{counted(bad, 'bad line')}: nothing was sent (--skip-bad sends the others)")
 
 
-def _refuse_missing_topic(settings: Settings, topic: str, vendor: Vendor) -> None:
+def _of_no_tenant(settings: Settings, vendor: Vendor, sent: Counter[ExternalId]) -> Counter[ExternalId] | None:
+    """Those of the keys that no active tenant has; None where this user may not read which there are."""
+    active: dict[ExternalId, bool] = {}
+    try:
+        for message in read_to_end(settings.kafka.confluent(), [settings.topics.control], settings.topics.group("cli")):
+            key = parse_control_key(message.key() or b"")
+            if key is not None and (key.kind, key.vendor) == ("tenant", vendor) and key.tenant in sent:
+                value = message.value()
+                record = None if value is None else decode_control(value)
+                active[key.tenant] = isinstance(record, TenantRecord) and record.state == "active"
+    except (KafkaFault, msgspec.DecodeError):
+        return None
+    return Counter({key: count for key, count in sent.items() if not active.get(key, False)})
+
+
+def _say_unknown(unknown: Counter[ExternalId], vendor: Vendor) -> None:
+    named = ", ".join(printable(key) for key in list(unknown)[:SHOWN_KEYS])
+    more = f" and {len(unknown) - SHOWN_KEYS} more" if len(unknown) > SHOWN_KEYS else ""
+    say(
+        f"warning: vendor {vendor} has no active tenant {named}{more}: {counted(unknown.total(), 'event')} will not be "
+        "delivered (dead letters unknown_tenant); if that is no slip, `headgate apply` the tenant, then "
+        "`headgate dlq replay --unrouted --error unknown_tenant`"
+    )
+
+
+def _visible_topics(settings: Settings, topic: str, vendor: Vendor) -> Mapping[str, int]:
+    """The topics that this user may see. Raises KafkaFault where ingress is not among them."""
     _, partitions = connected_admin(settings.kafka.confluent())
     if topic not in partitions:
         raise KafkaFault(
             f"topic {topic} does not exist: vendor {vendor} has no configuration yet; run `headgate apply` first"
         )
+    return partitions

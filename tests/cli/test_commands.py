@@ -500,6 +500,27 @@ def test_a_tenant_can_be_named_for_lines_that_do_not(shell: Shell) -> None:
     assert shell.records(shell.settings.topics.ingress(DEFAULT_VENDOR)) == [(b"acme", plain.encode())]
 
 
+def test_publish_says_which_events_went_to_no_tenant_where_it_may_know(shell: Shell) -> None:
+    shell.apply()
+    shell.apply("tenants: [{externalId: acme}]", prune=True)  # acme2 is removed
+    lines = [line(1), line(2, customerExternalId="acme2"), *(line(n, customerExternalId="nobody") for n in (3, 4))]
+    found = shell.run("publish", "-f", "-", "--output", "json", stdin="\n".join(lines))
+    told = json.loads(found.stdout)
+    assert (found.exit_code, told["published"], told["unknownTenant"]) == (0, 4, 3)
+    assert "warning: vendor default has no active tenant acme2, nobody: 3 events will not be delivered" in found.stderr
+    assert "`headgate dlq replay --unrouted --error unknown_tenant`" in found.stderr
+    # the controls: a tenant that there is, and a user who is shown ingress alone
+    well = shell.run("publish", "-f", "-", "--output", "json", stdin=line(1))
+    assert (json.loads(well.stdout)["unknownTenant"], "no active tenant" in well.stderr) == (0, False)
+    other = f"{shell.settings.topics.prefix}x"
+    admin = AdminClient(shell.kafka)
+    admin.create_topics([NewTopic(f"{other}.default.ingress", 1)])[f"{other}.default.ingress"].result()
+    env = {"HEADGATE_PREFIX": other}
+    silent = shell.run("publish", "-f", "-", "--output", "json", stdin="\n".join(lines), env=env)
+    assert (silent.exit_code, json.loads(silent.stdout)["unknownTenant"]) == (0, None)
+    assert "no active tenant" not in silent.stderr
+
+
 def test_publishing_before_anything_is_configured_names_the_remedy(shell: Shell) -> None:
     result = shell.run("publish", "-f", "-", stdin=line(1))
     assert result.exit_code == 1
