@@ -39,6 +39,7 @@ from msgspec import Struct
 from cli.output import counted, load_settings, output_option, printable, show_json, told
 from config.kafka import CONNECT_TIMEOUT_S, DENIED, KafkaFault, client_config, connected_admin, error_of, read_to_end
 from config.plan import Current, current_state
+from config.provision import COPIES
 from config.registry import Registry
 from config.settings import Settings, SettingsError, show_bytes, show_duration
 from config.vault import MasterKeys, Unsealable
@@ -50,7 +51,6 @@ Partition: TypeAlias = tuple[str, int]
 
 CHUNK: Final = 100
 SHOWN: Final = 5
-COPIES: Final = 3
 MAX_HEADS: Final = 500
 LAG_WARN_S: Final = 60.0
 CLOCK_WARN_S: Final = 0.5
@@ -119,6 +119,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield from _topics(settings, cluster, expected, tenants)
     yield from _policies(settings, cluster, expected, tenants)
     yield _replication(settings, cluster)
+    yield _acknowledged(cluster)
     yield _leftovers(settings, cluster, expected, tenants)
     yield tenants.check
     yield from _keys(settings, tenants)
@@ -417,6 +418,28 @@ def _replication(settings: Settings, cluster: _Cluster) -> Check:
         do = "a lost disk loses events: with three brokers set HEADGATE_REPLICATION_FACTOR=3, and reassign what exists"
         return Check("replication", "warn", says, do)
     return Check("replication", "ok", f"at least {COPIES} copies of every partition, all in sync")
+
+
+def _acknowledged(cluster: _Cluster) -> Check:
+    """Whether what a broker has acknowledged lies on more than one of them (`min.insync.replicas`)."""
+    stuck: list[str] = []
+    alone: list[str] = []
+    for name, number, part in cluster.partitions():
+        least = _number(cluster.config.get(name, {}).get("min.insync.replicas"))
+        if number == 0 and (problem := acknowledgement_problem(len(part.replicas), least)):
+            (stuck if problem == "stuck" else alone).append(f"{name} has min.insync.replicas={least}")
+    if stuck:
+        do = "lower it with your Kafka tools: no record can be written to a topic with fewer copies than that"
+        return _verdict("acknowledgements", "fail", stuck, "", do)
+    do = "set it to 2 with your Kafka tools: what one broker alone acknowledged is lost with its disk"
+    return _verdict("acknowledgements", "warn", alone, "as many brokers acknowledge a record as its copies allow", do)
+
+
+def acknowledgement_problem(copies: int, least: int) -> Literal["stuck", "alone"] | None:
+    """`least`: min.insync.replicas, negative where it cannot be read."""
+    if least > copies:
+        return "stuck"
+    return "alone" if copies >= COPIES and 0 <= least < 2 else None
 
 
 def _leftovers(settings: Settings, cluster: _Cluster, expected: Mapping[str, TopicSpec], tenants: _Tenants) -> Check:

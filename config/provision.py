@@ -25,6 +25,7 @@ from schemas.topics import TopicSpec
 
 REQUEST_TIMEOUT_S: Final = 60.0
 CHUNK: Final = 100
+COPIES: Final = 3  # with fewer a lost disk, or a broker that is away, is felt
 
 _LEAST: Final = ("max.message.bytes", "retention.ms")
 _EXACT: Final = ("cleanup.policy", "message.timestamp.type")
@@ -65,12 +66,24 @@ def provision(
     return Provisioned(tuple(created), tuple(dict.fromkeys(raised)))
 
 
+def settings_of(spec: TopicSpec, replication_factor: int) -> dict[str, str]:
+    """The settings that a topic is created with.
+
+    Of three copies two acknowledge, so that what is acknowledged outlives a lost disk, and one broker may be away. Not
+    raised afterwards: a topic with fewer copies would take no more records.
+    """
+    return {**spec.config, **({"min.insync.replicas": "2"} if replication_factor >= COPIES else {})}
+
+
 def _create(
     admin: AdminClient, kafka: Mapping[str, Any], specs: Sequence[TopicSpec], replication_factor: int, say: Say
 ) -> list[str]:
     created = []
     for done, chunk in _chunks(specs):
-        topics = [NewTopic(spec.name, spec.partitions, replication_factor, config=dict(spec.config)) for spec in chunk]
+        topics = [
+            NewTopic(spec.name, spec.partitions, replication_factor, config=settings_of(spec, replication_factor))
+            for spec in chunk
+        ]
         for name, error in _outcomes(admin.create_topics(topics, request_timeout=REQUEST_TIMEOUT_S)):
             if error is None:
                 created.append(name)

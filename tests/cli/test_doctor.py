@@ -13,7 +13,10 @@ import redis
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, NewTopic, ResourceType
 
+from cli.doctor import acknowledgement_problem
+from config.provision import settings_of
 from schemas.ids import DEFAULT_VENDOR, Tag
+from schemas.topics import TopicSpec
 from tests.cli.shell import headgate, told
 from tests.deployment import ROOT, Deployment, event, eventually, free_port
 
@@ -98,6 +101,24 @@ async def test_topics_that_lose_records_or_are_missing_fail_and_unknown_ones_are
         assert (before[name]["status"], found[name]["status"]) == ("ok", status)
         assert topic in found[name]["says"]
     assert "10d, not 11d" in found["retention of what waits"]["says"]
+
+
+@pytest.mark.parametrize(
+    ("copies", "least", "problem"),
+    [(3, 1, "alone"), (4, 1, "alone"), (3, 2, None), (1, 1, None), (2, 1, None), (1, 2, "stuck"), (3, -1, None)],
+)
+def test_of_three_copies_two_must_acknowledge(copies: int, least: int, problem: str | None) -> None:
+    assert acknowledgement_problem(copies, least) == problem
+    made = settings_of(TopicSpec("t", 1, {"retention.ms": "1"}), copies)
+    assert made == {"retention.ms": "1", **({"min.insync.replicas": "2"} if copies >= 3 else {})}
+
+
+async def test_a_topic_with_fewer_copies_than_must_acknowledge_fails(deployment: Deployment) -> None:
+    await deployment.apply({"tenants": [deployment.tenant("acme")]})
+    topic = deployment.settings.topics.ingress(DEFAULT_VENDOR)
+    alter(deployment, topic, "min.insync.replicas", "2")
+    found = (await checks(deployment))["acknowledgements"]
+    assert (found["status"], found["says"]) == ("fail", f"{topic} has min.insync.replicas=2")
 
 
 async def test_keys_that_do_not_open_are_named_by_tenant(deployment: Deployment) -> None:
