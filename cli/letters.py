@@ -5,10 +5,12 @@ tenant's own key is the only one that opens them.
 """
 
 import functools
+import shlex
 from collections.abc import Callable
 from typing import Any, Final
 
 import click
+import msgspec
 from msgspec import Struct
 
 from cli.output import Moment, tenant_option, vendor_option
@@ -17,7 +19,8 @@ from config.settings import Settings
 from config.vault import MasterKeys, Unsealable, Vault
 from config.writer import read_current
 from schemas.dead_letter import Selectors
-from schemas.ids import ExternalId, Tag, TenantRef, Vendor
+from schemas.event import rfc3339
+from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef, Vendor, digest, parts
 
 unrouted_option = click.option(
     "--unrouted", is_flag=True, help="Instead of a tenant's: records that were no event, or of no tenant."
@@ -44,6 +47,26 @@ class Which(Struct, frozen=True):
 
     def of_whom(self) -> str:
         return f"of tenant {self.owner.tenant!r}" if self.owner is not None else "of dlq.unrouted"
+
+    def hash(self) -> str:
+        """8 hexadecimal digits: the same for the same letters, whenever they are named."""
+        tenant = "" if self.owner is None else self.owner.tenant
+        return digest(parts(self.vendor, tenant, msgspec.json.encode(self.chosen).decode()))[:4].hex()
+
+    def spelled(self) -> str:
+        """The options that name these letters at any time: `2h` was when they were first named."""
+        chosen = self.chosen
+        times = {"since": chosen.since_ms, "until": chosen.until_ms}
+        given = {
+            "tenant": None if self.owner is None else self.owner.tenant,
+            "vendor": None if self.vendor == DEFAULT_VENDOR else self.vendor,
+            "destination": chosen.destination,
+            "error": chosen.error,
+            **{name: None if at_ms is None else rfc3339(at_ms) for name, at_ms in times.items()},
+            "key": chosen.key,
+        }
+        named = [f"--{name} {shlex.quote(text)}" for name, text in given.items() if text is not None]
+        return " ".join(["--unrouted"] * (self.owner is None) + named)
 
 
 def selectors(command: Callable[..., None]) -> Callable[..., None]:

@@ -144,7 +144,7 @@ class Moment(click.ParamType):
             self.fail(f"{text!r} is neither a duration such as 2h nor a time such as 2026-11-21T09:30:00Z", param, ctx)
         if at.tzinfo is None:
             self.fail(f"{text!r} has no zone; write 2026-11-21T09:30:00Z", param, ctx)
-        return int(at.timestamp() * 1000)
+        return round(at.timestamp() * 1000)
 
 
 def tenant_ref(vendor: Vendor, tenant: ExternalId) -> TenantRef:

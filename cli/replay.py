@@ -19,14 +19,15 @@ from cli.output import asks, counted, load_settings, output_option, say, show_js
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault
 from config.provision import topic_ids
-from config.settings import Settings
+from config.settings import Settings, parse_duration_s
 from schemas.dead_letter import replay_job
 from schemas.ids import TenantRef
 from streams.replay import Replay, Sent, Survey, TenantPost, UnroutedPost, Watch, survey, until_committed
 from streams.replay import drop as drop_letters
 
 PROGRESS_EVERY_S: Final = 2.0
-_JOB: Final = re.compile(r"[0-9a-f]{16}")
+SHOWN_OPEN: Final = 5
+_JOB: Final = re.compile(r"[0-9a-f]{24}")  # 16 are dice, 8 say which letters are meant
 
 
 class _Rate(click.ParamType):
@@ -48,8 +49,22 @@ class _Job(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not _JOB.fullmatch(str(value)):
-            self.fail(f"{value!r} is no job: 16 hexadecimal digits, as the forced replay told", param, ctx)
+            self.fail(f"{value!r} is no job: 24 hexadecimal digits, as the forced replay told", param, ctx)
         return str(value)
+
+
+class _Timeout(click.ParamType):
+    """A duration, in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_duration_s(str(value))
+        except ValueError as fault:
+            self.fail(f"{value!r}: {fault}", param, ctx)
 
 
 class _Progress:
@@ -70,11 +85,23 @@ class _Progress:
 @click.option("--rate", type=_Rate(), metavar="RATE", default=0.0, show_default=False, help="At most so many: 100/s.")
 @click.option("--dry-run", is_flag=True, help="Count, and send nothing.")
 @click.option("--wait", is_flag=True, help="End when all are settled: delivered, or dead letters again.")
+@click.option(
+    "--timeout", "timeout_s", type=_Timeout(), metavar="TIME", help="With --wait: at most so long, then exit 1."
+)
 @click.option("--force", is_flag=True, help="Also those that were replayed or dropped before.")
 @click.option("--resume", type=_Job(), metavar="JOB", help="Go on with a forced replay that was interrupted.")
 @output_option
 @told
-def replay(which: Which, rate: float, dry_run: bool, wait: bool, force: bool, resume: str | None, output: str) -> None:
+def replay(
+    which: Which,
+    rate: float,
+    dry_run: bool,
+    wait: bool,
+    timeout_s: float | None,
+    force: bool,
+    resume: str | None,
+    output: str,
+) -> None:
     """Send dead letters again.
 
     \b
@@ -86,7 +113,8 @@ def replay(which: Which, rate: float, dry_run: bool, wait: bool, force: bool, re
     A letter goes to the destination that it was for, under the same webhook-id, with today's options and secrets and a
     retry schedule that starts anew. A letter whose destination is gone is skipped. Each letter is sent once: a replay
     that was interrupted goes on where it was when it is run again, and what was replayed or dropped before is skipped.
-    With --force it is not; such a replay has a job, by which --resume goes on with it (name the same letters again).
+    With --force it is not; such a replay has a job, by which --resume goes on with it: it tells the command when it
+    starts.
 
     Unrouted records go back through ingress with their bytes, headers and first position, as the same event as before:
     mend first what they were refused for.
@@ -94,22 +122,32 @@ def replay(which: Which, rate: float, dry_run: bool, wait: bool, force: bool, re
     Counts, then starts; asks before it does on a terminal. Ends when the last letter is acknowledged by Kafka: delivery
     is the workers'. Result: how many matched, were replayed, were skipped.
     """
+    if timeout_s is not None and not wait:
+        raise click.UsageError("--timeout goes with --wait")
+    if resume is not None and not resume.endswith(which.hash()):
+        raise click.UsageError(
+            f"job {resume} was begun for other letters: repeat the command that it told when it started, with the same "
+            "--tenant, --destination, --error, --since, --until and --key (a time such as 2h is another one now)"
+        )
     settings = load_settings(which.vendor)
-    job = resume or (secrets.token_hex(8) if force else "")
+    job = resume or (secrets.token_hex(8) + which.hash() if force else "")
+    unsettled = ""
     if which.owner is None:
         unrouted = UnroutedPost(settings, which.vendor)
         found, sent = _replayed(settings, which, unrouted, job, rate, dry_run, keep_jobs=False)
         if wait and sent.count:
-            _until_routed(settings, unrouted.ingress, sent)
+            unsettled = _until_routed(settings, unrouted.ingress, sent, timeout_s)
     else:
         post = _tenant_post(settings, which.owner)
         if wait and not dry_run:
             with closing(Watch(settings, which.owner, post.topic)) as watch:
                 found, sent = _replayed(settings, which, post, job, rate, dry_run, keep_jobs=True)
-                _until_ended(watch, found, sent)
+                unsettled = _until_ended(watch, found, sent, timeout_s)
         else:
             found, sent = _replayed(settings, which, post, job, rate, dry_run, keep_jobs=False)
     _show(found, "replayed", sent.count, output)
+    if unsettled:
+        raise click.ClickException(f"not settled within {timeout_s:g} s: {unsettled}")
 
 
 @click.command()
@@ -168,7 +206,7 @@ def _replayed(
     if dry_run or not _agreed(found, which, "Send"):
         return found, Sent()
     if job:
-        say(f"forced replay, job {job}: if it is interrupted, go on with --resume {job}")
+        say(f"forced replay: if it is interrupted, go on with `headgate dlq replay {which.spelled()} --resume {job}`")
         job_of: Callable[[int, int], str] = lambda partition, offset: job  # noqa: E731
     else:
         job_of = partial(replay_job, topic_ids(settings.kafka.confluent(), [post.topic])[post.topic])
@@ -186,7 +224,7 @@ def _replayed(
     try:
         sent = replay.run()
     except (KafkaFault, KeyboardInterrupt):
-        again = f"with --resume {job}" if job else "by the same command"
+        again = f"with `headgate dlq replay {which.spelled()} --resume {job}`" if job else "by the same command"
         say(f"interrupted: {replay.sent.count} of {counted(found.open, 'letter')} sent; go on {again}")
         raise
     _say_skipped(found.skipped - before)
@@ -223,22 +261,32 @@ def _agreed(found: Survey, which: Which, doing: Literal["Send", "Drop"]) -> bool
     return True
 
 
-def _until_ended(watch: Watch, found: Survey, sent: Sent) -> None:
+def _until_ended(watch: Watch, found: Survey, sent: Sent, timeout_s: float | None) -> str:
+    """What is open when the time is over; empty if nothing is."""
     progress = _Progress()
     ended = watch.until_all_ended(
-        sent.jobs, found.ended, lambda done: progress.tell(lambda: f"{done} of {counted(sent.count, 'letter')} settled")
+        sent.jobs,
+        found.ended,
+        lambda done: progress.tell(lambda: f"{done} of {counted(sent.count, 'letter')} settled"),
+        timeout_s,
     )
     say(f"settled: {ended.delivered} delivered, {ended.dead} dead letters again")
+    some = ", ".join(ended.open[:SHOWN_OPEN])
+    return f"{counted(len(ended.open), 'letter')}, such as {some}: `headgate trace` tells where it is" if some else ""
 
 
-def _until_routed(settings: Settings, ingress: str, sent: Sent) -> None:
+def _until_routed(settings: Settings, ingress: str, sent: Sent, timeout_s: float | None) -> str:
+    """As `_until_ended`."""
     progress = _Progress()
-    until_committed(
+    left = until_committed(
         settings,
         ingress,
         sent.ends,
         lambda: progress.tell(lambda: f"waiting until the workers have settled what was sent to {ingress}"),
+        timeout_s,
     )
+    where = ", ".join(f"{ingress}/{partition} up to offset {end}" for partition, end in left.items())
+    return f"{where}: does a worker run?" if left else ""
 
 
 def _show(found: Survey, done: Literal["replayed", "dropped"], count: int, output: str) -> None:

@@ -13,6 +13,7 @@ from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -485,10 +486,11 @@ def _mark(topic: str, key: bytes | None, mark: Mark) -> Outgoing:
 
 
 class Ended(Struct):
-    """How what a replay sent came to its end."""
+    """How what a replay sent came to its end; `open` are deliveries that did not in the time there was."""
 
     delivered: int = 0
     dead: int = 0
+    open: list[str] = []
 
     @property
     def count(self) -> int:
@@ -517,14 +519,17 @@ class Watch:
     def close(self) -> None:
         self._consumer.close()
 
-    def until_all_ended(self, jobs: Mapping[str, set[str]], ended: set[str], told: Callable[[int], None]) -> Ended:
+    def until_all_ended(
+        self, jobs: Mapping[str, set[str]], ended: set[str], told: Callable[[int], None], timeout_s: float | None
+    ) -> Ended:
         """`jobs` by delivery; `ended` are jobs that came to a letter again before this replay."""
+        deadline = inf if timeout_s is None else time.monotonic() + timeout_s
         waiting = {(delivery, job) for delivery, of_it in jobs.items() for job in of_it}
         done = Ended()
         for delivery, job in [one for one in waiting if one[1] in ended]:
             waiting.discard((delivery, job))
             done.dead += 1
-        while waiting:
+        while waiting and time.monotonic() < deadline:
             told(done.count)
             for message in self._consumer.consume(1000, ASK_EVERY_S):
                 error = message.error()
@@ -537,6 +542,7 @@ class Watch:
                         done.dead += self._end(waiting, parked.delivery, parked.replay)
                 elif message.key() == self._key:
                     done.delivered += self._delivered(waiting, jobs, message.value() or b"")
+        done.open = sorted({delivery for delivery, _ in waiting})
         return done
 
     def _delivered(self, waiting: set[tuple[str, str]], jobs: Mapping[str, set[str]], value: bytes) -> int:
@@ -559,8 +565,11 @@ class Watch:
         return 1
 
 
-def until_committed(settings: Settings, topic: str, ends: Mapping[int, int], told: Callable[[], None]) -> None:
-    """Until the workers have settled and committed ingress up to `ends`, by partition."""
+def until_committed(
+    settings: Settings, topic: str, ends: Mapping[int, int], told: Callable[[], None], timeout_s: float | None
+) -> dict[int, int]:
+    """Until the workers have settled and committed ingress up to `ends`, by partition; those that are not in time."""
+    deadline = inf if timeout_s is None else time.monotonic() + timeout_s
     kafka = settings.kafka.confluent()
     faults: list[str] = []
     consumer = _reader(kafka, settings.topics.group("route"), faults)
@@ -571,8 +580,9 @@ def until_committed(settings: Settings, topic: str, ends: Mapping[int, int], tol
             except KafkaException as exception:
                 raise explain(error_of(exception), f"ask how far {topic} is settled", kafka, faults) from None
             committed = {one.partition: max(0, one.offset) for one in asked}
-            if all(committed[partition] >= end for partition, end in ends.items()):
-                return
+            left = {partition: end for partition, end in ends.items() if committed[partition] < end}
+            if not left or time.monotonic() >= deadline:
+                return left
             told()
             time.sleep(ASK_EVERY_S)
     finally:

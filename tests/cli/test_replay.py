@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,13 +15,14 @@ from typing import Any
 import pytest
 from confluent_kafka import Message
 
+from cli.letters import Which
 from config.kafka import read_to_end
 from config.plan import Write, disabled_key
 from config.writer import Writer
 from dev.stack import Stack
 from schemas.attempt import PURPOSE_DELIVERY
 from schemas.control import DisabledRecord, encode_control
-from schemas.dead_letter import replay_job
+from schemas.dead_letter import Selectors, replay_job
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
 from schemas.wire import read_parked
 from tests.cli.test_commands import Letters, Shell, listed
@@ -72,6 +75,10 @@ def replayed(shell: Shell, *args: str) -> tuple[int, int, int]:
     found = done(shell, "replay", *args)
     assert found.keys() == {"matched", "replayed", "skipped"}
     return found["matched"], found["replayed"], found["skipped"]
+
+
+def ingress(shell: Shell) -> str:
+    return shell.settings.topics.ingress(DEFAULT_VENDOR)
 
 
 def sent(shell: Shell) -> list[str]:
@@ -133,7 +140,7 @@ def test_a_forced_replay_goes_on_by_its_job(shell: Shell) -> None:
     first = letters.write("acme", 1)
     letters.write("acme", 2)
     letters.mark(first)
-    job = "0123456789abcdef"
+    job = "0123456789abcdef" + Which(DEFAULT_VENDOR, TenantRef(DEFAULT_VENDOR, ExternalId("acme")), Selectors()).hash()
     topic = shell.settings.topics.dead_letters(DEFAULT_VENDOR, POOL)
     letters.send("pool-00", b"", [("hg-mark", b"replayed"), ("hg-letter", first.encode()), ("hg-replay", job.encode())])
     assert replayed(shell, *ACME, "--resume", job) == (2, 1, 1)
@@ -141,8 +148,42 @@ def test_a_forced_replay_goes_on_by_its_job(shell: Shell) -> None:
     assert {dict(one.headers() or [])["hg-replay"] for one in retries(shell)} == {job.encode()}
     assert replayed(shell, *ACME, "--resume", job) == (2, 0, 2)
     told = shell.run("dlq", "replay", *ACME, "--force")
-    assert "if it is interrupted, go on with --resume " in told.stderr
+    assert f"if it is interrupted, go on with `headgate dlq replay {' '.join(ACME)} --resume " in told.stderr
     assert len(records(shell, topic)) == 2 + 2 + 1 + 2
+
+
+def test_a_forced_replay_goes_on_with_the_letters_it_was_begun_for_and_no_others(shell: Shell) -> None:
+    for number in range(2):
+        Letters(shell).write("acme", number, error="timeout" if number else "it's odd")
+    chosen = ("--error", "it's odd", "--since", "2h", "--until", "2100-01-01T00:00:00.123Z")
+    told = shell.run("dlq", "replay", *ACME, *chosen, "--force").stderr
+    found = re.search(r"go on with `headgate (.*)`", told)
+    assert found is not None
+    command = shlex.split(found[1])
+    assert command[:4] == ["dlq", "replay", *ACME]
+    again = shell.run(*command)  # `2h` is a moment there
+    assert (again.exit_code, again.stdout) == (0, "1 matched, 0 replayed, 1 skipped\n"), again.stderr
+    for others in (ACME, (*ACME, *chosen), ("--tenant", "acme2"), ("--unrouted",)):
+        refused = shell.run("dlq", "replay", *others, "--resume", command[-1])
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert f"job {command[-1]} was begun for other letters: repeat the command that it told" in refused.stderr
+    assert len(retries(shell)) == 1
+
+
+def test_waiting_has_an_end_that_names_what_is_open(shell: Shell) -> None:
+    """No worker runs: nothing of it is settled."""
+    Letters(shell).write("acme", 1)
+    delivery = dict(dead(shell)[0].headers() or [])["hg-delivery"].decode()
+    waited = shell.run("dlq", "replay", *ACME, "--wait", "--timeout", "300ms")
+    assert (waited.exit_code, waited.stdout) == (1, "1 matched, 1 replayed, 0 skipped\n")
+    assert f"not settled within 0.3 s: 1 letter, such as {delivery}: `headgate trace` tells" in waited.stderr
+    origin = [("hg-v", b"1"), ("hg-error", b"unknown_tenant"), ("hg-origin", f"{ingress(shell)}/0/7".encode())]
+    Letters(shell).send("unrouted", b"{}", origin)
+    waited = shell.run("dlq", "replay", "--unrouted", "--wait", "--timeout", "300ms")
+    assert (waited.exit_code, waited.stdout) == (1, "1 matched, 1 replayed, 0 skipped\n")
+    assert f"not settled within 0.3 s: {ingress(shell)}/" in waited.stderr
+    wrong = shell.run("dlq", "replay", *ACME, "--timeout", "1s")
+    assert (wrong.exit_code, "--timeout goes with --wait" in wrong.stderr) == (2, True)
 
 
 def test_selectors_choose_by_destination_error_and_time(shell: Shell) -> None:
@@ -247,7 +288,7 @@ def test_unrouted_records_go_back_to_ingress_but_for_those_that_cannot(shell: Sh
         (["replay", "--unrouted", "--destination", "hook"], 2, "--destination goes with --tenant"),
         (["drop", "--tenant", "acme", "--key", "k"], 2, "--key goes with --unrouted"),
         (["replay", "--tenant", "acme", "--rate", "fast"], 2, "'fast' is not a rate such as 200/s or 100/m"),
-        (["replay", "--tenant", "acme", "--resume", "j"], 2, "'j' is no job: 16 hexadecimal digits"),
+        (["replay", "--tenant", "acme", "--resume", "j"], 2, "'j' is no job: 24 hexadecimal digits"),
         (["drop", "--tenant", "nobody"], 1, "vendor default has no tenant 'nobody'"),
     ],
 )
