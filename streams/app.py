@@ -436,6 +436,15 @@ class Worker:
         if self._app.started:
             drained = await asyncio.gather(self._app.reader.drain(patience_s), self._pump.drain(patience_s))
             settled = all(drained) and await self._outbox.flushed(1.0)
+            if not settled:
+                log.warning(
+                    "worker_unsettled",
+                    events=self._app.reader.unsettled,
+                    retries=self._pump.unsettled,
+                    in_flight=self._lanes.in_flight,
+                    queued=self._lanes.queued,
+                    unacknowledged=self._outbox.unacknowledged_bytes,
+                )
             await self._pump.close()
             await self._app.stop()
         await self._keep_averages()

@@ -344,6 +344,8 @@ class Settle:
 
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._task = None
+        if task.cancelled():  # the worker has ended, with this unwritten
+            return
         task.result()  # a bug here ends the worker: what a callback raises does (`app.py`)
         if self._armed:
             self._loop.call_later(GATHER_S, self._begin)

@@ -310,6 +310,16 @@ class GroupConsumer(aiokafka.AIOKafkaConsumer):
         if instance_id is not None:
             self._client = _StaticMemberClient(group, instance_id, on_fenced, loop=self._loop, **connection)
 
+    async def stop(self) -> None:
+        """aiokafka cancels its fetches and awaits them; one that rests, its broker being away, then raises that here."""
+        try:
+            await super().stop()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            await self._client.close()
+
 
 # ----------------------------------------------------------------------------------------- the consumer's own thread
 

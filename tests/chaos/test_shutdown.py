@@ -1,5 +1,6 @@
 """How a worker ends: SIGTERM in good order, with a destination that hangs, twice, and with the broker away."""
 
+import json
 import signal
 import time
 
@@ -76,6 +77,10 @@ async def test_sigterm_while_the_broker_is_away_ends_in_time_with_exit_1(breakab
         began = time.monotonic()
         assert await worker.terminate(float(limit.rstrip("s")) + 5) == 1
         print(f"{time.monotonic() - began:.1f} s")
+        log = worker.log.read_text()
+        (told,) = [line for line in map(json.loads, log.splitlines()) if line["event"] == "worker_unsettled"]
+        assert told["events"] > 0
+        assert "Traceback" not in log
         deployment.stack.start_kafka()
         deployment.inbox.script("/acme", Ok())
         await deployment.worker()
