@@ -185,7 +185,10 @@ class Scrape(Collector):
         dropped = CounterMetricFamily("headgate_dropped", "Deliveries dropped on purpose.", labels=[*base, "reason"])
         typed = ["event_type"] if metrics.type_label else []
         delivery_s = HistogramMetricFamily(
-            "headgate_delivery_seconds", "From the append at ingress to the settling.", labels=[*base, *typed]
+            "headgate_delivery_seconds",
+            "From the append at ingress to the settling; of what was retried or parked, from the first failure or park "
+            "on; of what was replayed, from the replay on.",
+            labels=[*base, *typed],
         )
         attempt_s = HistogramMetricFamily("headgate_attempt_seconds", "From the start of an attempt.", labels=base)
         for key, meter in list(metrics._meters.items()):

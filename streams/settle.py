@@ -476,7 +476,9 @@ class Settle:
                 return
         meter.ends[end] = meter.ends.get(end, 0) + 1
         delivery = flight.delivery
-        seconds = (now_ms - (delivery.first_failed_ms or delivery.appended_ms)) / 1000
+        # of what came by the retry topic no record has the append time at ingress
+        began_ms = delivery.appended_ms if delivery.trigger == "event" else delivery.first_failed_ms
+        seconds = (now_ms - began_ms) / 1000
         owner = flight.lane.owner
         event_type = owner.type_label(delivery.event.eventType)
         name = event_type if self._metrics.type_label else ""

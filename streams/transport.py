@@ -311,7 +311,7 @@ class GroupConsumer(aiokafka.AIOKafkaConsumer):
             self._client = _StaticMemberClient(group, instance_id, on_fenced, loop=self._loop, **connection)
 
     async def stop(self) -> None:
-        """aiokafka cancels its fetches and awaits them; one that rests, its broker being away, then raises that here."""
+        """aiokafka cancels its fetches and awaits them; one that rests, its broker being away, raises that here."""
         try:
             await super().stop()
         except asyncio.CancelledError:

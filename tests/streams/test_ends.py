@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from dev.inbox import Ok, Refuse, Steps, Throttle, fail_first
+from dev.inbox import Ok, Refuse, Slow, Steps, Throttle, fail_first
 from schemas.wire import read_parked
 from tests.deployment import Deployment, Read, event, eventually
 
@@ -41,6 +41,30 @@ async def test_a_failed_delivery_is_tried_again_with_the_same_id_and_bytes_and_t
         (3, "delivered", "retry"),
     ]
     assert len({a["id"] for a in attempts}) == 3
+
+
+async def test_the_time_of_a_delivery_counts_from_ingress_and_of_a_retried_one_from_its_first_failure(
+    deployment: Deployment,
+):
+    """A slow refusal ends in its first attempt, a slow failure and success in the second."""
+    await deployment.apply({"tenants": [deployment.tenant("acme", retry=QUICK)]})
+    worker = await deployment.worker()
+
+    def seconds() -> float:
+        return worker.metric("headgate_delivery_seconds_sum")
+
+    def ended(count: int) -> bool:
+        return worker.metric("headgate_delivery_seconds_count") == count
+
+    deployment.inbox.script("/acme", Slow(1.5, 400))
+    await deployment.publish([("acme", event("e1"))])
+    await eventually(lambda: ended(1), "it was refused")
+    refused_s = seconds()
+    assert refused_s >= 1.5
+    deployment.inbox.script("/acme", Steps((Slow(1.5, 503), Ok())))
+    await deployment.publish([("acme", event("e2"))])
+    await eventually(lambda: ended(2), "it was delivered")
+    assert seconds() - refused_s >= 1  # the wait before its second attempt
 
 
 async def test_an_exhausted_delivery_becomes_a_dead_letter_of_its_tenant_that_opens_for_nobody_else(
