@@ -134,7 +134,7 @@ def test_helm_lints_and_what_it_renders_is_valid_kubernetes(file: Path | None) -
     linted = helm("lint", "--strict", str(CHART), *values)
     assert linted.returncode == 0, linted.stdout
     for kind, one in rendered(*values).items():
-        if kind != "ServiceMonitor":  # of the Prometheus Operator: Kubernetes itself does not know it
+        if kind not in ("ServiceMonitor", "PrometheusRule"):  # of the Prometheus Operator, not of Kubernetes itself
             validate(one, "1.31", strict=True)
 
 
@@ -164,6 +164,8 @@ def test_helm_refuses_what_the_schema_refuses() -> None:
 
 @needs_helm
 def test_monitor_and_budget_follow_their_switches() -> None:
-    assert "ServiceMonitor" not in rendered()
+    assert not {"ServiceMonitor", "PrometheusRule"} & set(rendered())
+    alerts = yaml.safe_load((CHART / "files/alerts.yaml").read_text())
+    assert rendered("--set", "prometheusRule.enabled=true")["PrometheusRule"]["spec"] == alerts
     assert {"ServiceMonitor", "PodDisruptionBudget"} <= set(rendered("--set", "serviceMonitor.enabled=true"))
     assert "PodDisruptionBudget" not in rendered("--set", "podDisruptionBudget.enabled=false")

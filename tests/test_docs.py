@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from cli.main import command
@@ -46,7 +49,11 @@ def prose(text: str) -> str:
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as the usual renderers make them."""
     headings = re.findall(r"^#+ (.+)$", prose(page.read_text()), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {anchor(heading) for heading in headings}
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
@@ -146,17 +153,52 @@ def test_a_command_that_does_not_exist_would_be_seen(line: str) -> None:
     assert fault_of(line.split())
 
 
-def test_every_metric_that_a_page_names_is_one_of_the_workers() -> None:
+def series() -> set[str]:
+    """The names of all that a worker exposes."""
     metrics = Metrics(tenant_label="tag", type_label=True, version="")
     metrics.gauges.update(dict.fromkeys(GAUGES, lambda: 0.0))
-    known = {
+    return {
         family.name + suffix
         for family in Scrape(metrics).collect()
         for suffix in {"counter": ("_total",), "histogram": ("", "_bucket", "_count", "_sum")}.get(family.type, ("",))
     }
+
+
+def test_every_metric_that_a_page_names_is_one_of_the_workers() -> None:
+    known = series()
     named = {name for page in pages() for name in re.findall(r"\bheadgate_\w+", page.read_text())}
     assert {"headgate_dead_letters_total", "headgate_retry_lateness_seconds_bucket"} <= named
     assert named <= known
+
+
+def faults_of_alerts(rules: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with alert rules: a metric that there is not, or no runbook entry that has their expression."""
+    section = RUNBOOK.read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
+    entries = {anchor(entry.split("\n")[0]): entry for entry in section.split("\n### ")[1:]}
+    faults = []
+    for rule in rules:
+        page, _, at = rule["annotations"]["runbook"].partition("#")
+        expression = " ".join(rule["expr"].split())
+        if page != "docs/runbook.md" or expression not in entries.get(at, "") or not at:
+            faults.append(f"{rule['alert']}: {page}#{at} has no {expression}")
+        metrics = set(re.findall(r"\bheadgate_\w+", expression))
+        if not metrics or metrics - series():
+            faults.append(f"{rule['alert']}: no such metric in {expression}")
+    return faults
+
+
+def test_every_alert_has_its_entry_in_the_runbook_and_asks_for_metrics_that_there_are() -> None:
+    file = ROOT / "helm" / "headgate" / "files" / "alerts.yaml"
+    rules = [rule for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
+    assert faults_of_alerts(rules) == []
+    assert len({rule["alert"] for rule in rules}) == len(rules)
+    assert {rule["labels"]["severity"] for rule in rules} == {"page", "ticket"}
+    if promtool := shutil.which("promtool"):
+        checked = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+    # the control
+    wrong = {**rules[0], "expr": "absent(headgate_bild_info)"}
+    assert len(faults_of_alerts([wrong, {**rules[0], "annotations": {"runbook": "docs/runbook.md#no"}}])) == 3
 
 
 def logged_events(*levels: str) -> set[str]:
