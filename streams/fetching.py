@@ -57,9 +57,10 @@ class Session:
     A question changes what the broker knows when it is sent, whether anyone still waits for the answer or not.
     """
 
-    __slots__ = ("epoch", "id", "known")
+    __slots__ = ("ends", "epoch", "id", "known")
 
-    def __init__(self) -> None:
+    def __init__(self, ends: int = 0) -> None:
+        self.ends = ends  # an earlier one, which the broker forgets when the first question names it
         self.id = 0  # given by the broker; it stays 0 where the broker has no room for a session
         self.epoch = 0
         self.known: dict[tuple[str, int], tuple[int, int]] = {}  # offset and most bytes
@@ -98,7 +99,7 @@ class _Question(RequestStruct):  # type: ignore[misc]  # aiokafka is untyped
         parts = [
             _ASK.pack(
                 -1, plain._max_wait_ms, plain._min_bytes, plain._max_bytes, plain._isolation_level,
-                session.id, session.epoch,
+                session.id or session.ends, session.epoch,
             ),
             _COUNT.pack(len(changed)),
         ]  # fmt: skip
@@ -259,7 +260,7 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]  # aiokafka is 
     def send(self, request: Any, expect_response: bool = True) -> Any:
         if type(request) is FetchRequest and self._versions[FetchRequest.API_KEY][1] >= _Question.API_VERSION:
             if not self._session.id:
-                self._session = Session()
+                self._session = Session(self._session.ends)
             request = _SessionFetch(request, self._session)
         return super().send(request, expect_response)
 
@@ -275,9 +276,9 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]  # aiokafka is 
         session = request.session
         if answer.error_code or waiting.done():  # the broker dropped the session; or another assignment begins
             if session is self._session:
-                self._session = Session()
+                self._session = Session(0 if answer.error_code else answer.session_id)
         elif not session.id:
-            session.id = answer.session_id
+            session.id, session.ends = answer.session_id, 0
         if not waiting.done():
             waiting.set_result(answer)
         self._last_action = monotonic()

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import io
 import struct
+import uuid
 import weakref
 from random import Random
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from aiokafka.conn import create_conn
 from aiokafka.errors import CorruptRecordException
+from aiokafka.protocol.admin import ApiVersionRequest
 from aiokafka.protocol.fetch import FetchRequest, FetchRequest_v11, FetchResponse_v11
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.structs import TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 
+from dev.stack import Stack
 from streams.fetching import (
     FIRST_BUFFER_BYTES,
     KEPT_BUFFER_BYTES,
@@ -172,6 +176,46 @@ def test_a_question_names_only_what_is_different() -> None:
     assert forgotten == {"topic": "events", "partitions": [2]}
     again = asked(session, {0: 11, 1: 20, 2: 30})
     assert again.topics == [("events", [(2, -1, 30, -1, 50)])]
+
+
+SESSION_UNKNOWN, EPOCH_WRONG = 70, 71
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("ends", [True, False], ids=["as it is", "control: it is left to the broker"])
+async def test_a_session_that_an_assignment_has_left_is_ended_at_the_broker(stack: Stack, ends: bool) -> None:
+    """Its answer comes when nobody waits for it. What the broker knows shows in what it says to a wrong epoch."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    admin = AdminClient({"bootstrap.servers": stack.kafka_bootstrap})
+    admin.create_topics([NewTopic(name, 1)])[name].result()
+    host, port = stack.kafka_bootstrap.split(":")
+    connection = await create_conn(host, int(port))
+
+    def question(session: tuple[int, int] | None = None) -> Any:
+        if session is not None:
+            connection._session = Session()
+            connection._session.id, connection._session.epoch = session
+        return connection.send(FetchRequest(100, 1, 1000, 1, [(name, [(0, 0, 50)])]))
+
+    async def new_session() -> int:
+        answer = await question()
+        assert (answer.error_code, answer.session_id) == (0, connection._session.id)
+        return int(answer.session_id)
+
+    try:
+        left = await new_session()
+        asked = connection._session
+        abandoned = asyncio.ensure_future(question())
+        await asyncio.sleep(0)
+        abandoned.cancel()
+        await connection.send(ApiVersionRequest())  # answered after it
+        assert connection._session is not asked
+        if not ends:
+            connection._session = Session()
+        assert await new_session() not in (0, left)
+        assert (await question((left, 1000))).error_code == (SESSION_UNKNOWN if ends else EPOCH_WRONG)
+    finally:
+        connection.close()
 
 
 def test_an_answer_is_read_as_aiokafka_reads_it() -> None:
