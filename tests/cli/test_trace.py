@@ -179,8 +179,8 @@ async def test_what_no_worker_has_read_yet_is_said_to_wait(deployment: Deploymen
     await deployment.publish([("acme", event("e1"))])
     found = await headgate(deployment, "trace", "--tenant", "acme", "e1")
     assert found.exit_code == 1
-    assert "1 records of the tenant's partition" in found.stderr
-    assert "does a worker run?" in found.stderr
+    assert "not settled yet: 1 record of the tenant's partition" in found.stderr
+    assert "Does a worker run?" in found.stderr
 
 
 def test_a_key_s_partition_is_where_a_producer_puts_it(stack: Stack) -> None:
