@@ -284,7 +284,12 @@ class Worker:
             client_id=f"headgate-{self._name}",
             credentials=_credentials(settings.kafka),
             commit_interval_s=settings.worker.commit_interval_s,
-            hooks=Hooks(on_assigned=self._on_assigned, on_revoked=self._on_revoked, on_fatal=self._end),
+            hooks=Hooks(
+                on_assigned=self._on_assigned,
+                on_revoked=self._on_revoked,
+                on_fatal=self._end,
+                full=lambda: self._router.full(),  # which is made after the app
+            ),
         )
         for topic in self._vendors:
             app.reads(topic)(self._route)
@@ -293,7 +298,7 @@ class Worker:
     async def _route(self, stream: Any) -> None:
         """The route agent: one Faust event is one fetch of one partition."""
         async for event in stream.noack().events():
-            await self._router.take(fetch_of(event))
+            self._router.take(fetch_of(event))
 
     # ---------------------------------------------------------------- watching the broker and the parts
 

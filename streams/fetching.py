@@ -34,6 +34,7 @@ KEPT_BUFFER_BYTES: Final = 4 * 2**20 + 64 * 1024  # the largest usual answer (`F
 MOST_ANSWER_BYTES: Final = 256 * 2**20  # far above any answer; what other protocols say reads as 352 MB (TLS) and more
 SIZE_BYTES: Final = 4
 LAST_EPOCH: Final = 2**31 - 1
+PARTITION_RECORDS: Final = 300  # drawn of one partition at a time: the others have their turn
 READ_COMMITTED: Final = fetcher.READ_COMMITTED
 
 _Compiled: Any = fetcher.MemoryRecords
@@ -403,7 +404,7 @@ class FetchResult(fetcher.FetchResult):  # type: ignore[misc]  # aiokafka is unt
     def getall(self, max_records: int | None = None) -> list[FetchedRecord]:
         if not self.check_assignment(self._topic_partition) or not self.has_more():
             return []
-        most = max_records if max_records is not None else LAST_EPOCH
+        most = min(max_records, PARTITION_RECORDS) if max_records is not None else LAST_EPOCH
         records: PartitionRecords = self._partition_records
         found = records.take(most)
         self._update_position()

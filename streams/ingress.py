@@ -23,7 +23,7 @@ from schemas.event import Event, Problem, canonical, correlation_id, decode_even
 from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
 from schemas.wire import read_origin
 from streams.compiled import CompiledTenant, Tenants, Unknowns
-from streams.fetching import FetchedRecord
+from streams.fetching import PARTITION_RECORDS, FetchedRecord
 from streams.flight import Fan, Flight, Shared
 from streams.lanes import Lanes
 from streams.ledger import Ledger
@@ -36,6 +36,9 @@ log = structlog.get_logger()
 
 ROUND_RECORDS: Final = 600
 ROUND_BYTES: Final = 4 * 2**20
+MOST_RECORDS: Final = 2 * ROUND_RECORDS  # waiting for their round, of all partitions
+MOST_BYTES: Final = ROUND_BYTES
+NONE: Final[frozenset[tuple[str, int]]] = frozenset()
 NEW: Final = ord("1")
 STALE: Final = ord("s")
 DONE: Final = ord("d")
@@ -98,11 +101,10 @@ class Router:
         self._topic_ids = topic_ids
         self._max_event_bytes = max_event_bytes
         self._worker = worker
-        self._inbox: deque[Lot] = deque()
+        self._inbox: dict[tuple[str, int], deque[Lot]] = {}  # by partition; the first has its turn
         self._waiting = 0
         self._waiting_bytes = 0
         self._some = asyncio.Event()
-        self._space = asyncio.Event()
         self._unknown: Unknowns[tuple[Lot, Record]] = Unknowns(tenants, self._asked, max_unknown_bytes)
 
     @property
@@ -112,8 +114,8 @@ class Router:
 
     # ---------------------------------------------------------------- in
 
-    async def take(self, fetch: Fetch) -> None:
-        """One fetch of one partition. Returns when the next one may come."""
+    def take(self, fetch: Fetch) -> None:
+        """One fetch of one partition, for one of the next rounds. `full` says of which no more should come."""
         source, records = fetch
         fan = Fan(partial(self._consumer.settled, source))
         topic = source.topic
@@ -129,13 +131,23 @@ class Router:
             origin=f"{topic}/{partition}/",
             tenants=self._tenants.of_vendor(vendor),
         )
-        self._inbox.append(lot)
+        self._inbox.setdefault((topic, partition), deque()).append(lot)
         self._waiting += len(records)
         self._waiting_bytes += size
         self._some.set()
-        while self._waiting > ROUND_RECORDS or self._waiting_bytes > ROUND_BYTES:
-            self._space.clear()
-            await self._space.wait()
+
+    def full(self) -> frozenset[tuple[str, int]]:
+        """The partitions of which no more is to be fetched now.
+
+        One that floods holds what one round takes; the others come in meanwhile, and have their turn in the next.
+        """
+        if not self._inbox:
+            return NONE
+        if self._waiting >= MOST_RECORDS or self._waiting_bytes >= MOST_BYTES:
+            return frozenset(self._inbox)
+        return frozenset(
+            at for at, lots in self._inbox.items() if sum([len(lot.records) for lot in lots]) >= PARTITION_RECORDS
+        )
 
     async def rounds(self) -> None:
         """Runs for ever; its owner cancels it."""
@@ -146,13 +158,16 @@ class Router:
             lots: list[Lot] = []
             count = size = 0
             while self._inbox and count < ROUND_RECORDS and size < ROUND_BYTES:
-                lot = self._inbox.popleft()
+                at = next(iter(self._inbox))
+                of_partition = self._inbox.pop(at)
+                lot = of_partition.popleft()
+                if of_partition:
+                    self._inbox[at] = of_partition  # behind the others
                 lots.append(lot)
                 count += len(lot.records)
                 size += lot.size
             self._waiting -= count
             self._waiting_bytes -= size
-            self._space.set()
             if not self._inbox:
                 self._some.clear()
             await self._round([(lot, record) for lot in lots for record in lot.records], asked=False)

@@ -22,6 +22,7 @@ from connectors.contract import Connector, Direct, Feed
 from connectors.egress import Egress
 from connectors.registry import KINDS
 from routing.breaker import Breaker
+from routing.pace import Pace
 from routing.share import SLOW_S, Seat, Share, SharedRate
 from schemas.ids import DestinationId
 from schemas.outcome import Outcome
@@ -37,14 +38,11 @@ log = structlog.get_logger()
 
 TICK_S: Final = 0.1
 QUEUE_AGE_S: Final = 5.0  # nothing waits longer in a lane (rule 5)
-BACKED_UP_S: Final = 1.0  # a lane whose head is older is slower than what comes in, whatever the cause
-BACKED_UP_BOUND: Final = 64  # and holds no more than this many
 QUEUE_BOUND: Final = 4096
 # In lanes that keep up a second's worth of this worker's work may wait: beyond, the worker itself is the bottleneck and
-# fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s. (1000
-# cost 2 us a delivery less, since what is sent is still in the processor's cache. But a lane is behind only once its
-# head is a second old, and a fast one that is flooded would hold the fetch for all before that shows.)
-MOST_QUEUED: Final = 3000
+# fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s; and no
+# more than the processor's cache holds: what lies longer between routing and sending is fetched from memory again.
+MOST_QUEUED: Final = 1000
 LEAST_QUEUED: Final = 300
 PACE_WEIGHT: Final = 0.1  # of the last tick, in the moving average of ended attempts a second
 ENOUGH_QUEUED_SHARE: Final = 0.25  # the same in bytes, as a part of the memory budget
@@ -62,19 +60,17 @@ class Lane:
     """One destination of one tenant, in this worker."""
 
     __slots__ = (
-        "backed_up",
         "backlog",
+        "bound",
         "breaker",
         "closed_until",
         "connector",
         "destination",
         "disabled",
-        "done_count",
-        "done_rate",
-        "done_since",
         "id",
         "meter",
         "owner",
+        "pace",
         "queue",
         "queued_bytes",
         "rate",
@@ -95,11 +91,9 @@ class Lane:
         self.queued_bytes = 0
         self.seat = Seat()  # what it has in flight
         self.ready = False  # in the ring, or waiting for its rate
-        self.backed_up = False
+        self.bound = QUEUE_BOUND
         self.backlog = 0  # parked by this worker for want of room, less those that came back
-        self.done_count = 0
-        self.done_since = 0.0
-        self.done_rate = 0.0
+        self.pace = Pace()
         self.closed_until = 0.0
         self.breaker = Breaker()
         self.connector: Direct | None = None
@@ -127,15 +121,6 @@ class Lane:
         if self.rate is None or self.rate.per_s != rate:
             self.rate = SharedRate(rate) if rate else None
         return old
-
-    def completed(self, now: float) -> None:
-        """Keeps the recent rate of ended attempts, per second."""
-        self.done_count += 1
-        elapsed = now - self.done_since
-        if elapsed >= 1.0:
-            self.done_rate = self.done_count / elapsed if elapsed < 10.0 else 0.0
-            self.done_count = 0
-            self.done_since = now
 
 
 class Lanes:
@@ -234,14 +219,17 @@ class Lanes:
         queue = lane.queue
         if not queue:
             self._waiting[lane] = None
-        elif len(queue) >= (BACKED_UP_BOUND if lane.backed_up else QUEUE_BOUND):
-            self._park_for_room(flight)
+            if lane.pace.behind and lane.pace.rested(now):
+                lane.pace.behind = False  # it has caught up since the last tick
+                lane.bound = QUEUE_BOUND
+        elif len(queue) >= lane.bound:
+            self._park_for_room(flight, now)
             return
         flight.queued_at = now
         queue.append(flight)
         lane.queued_bytes += flight.weight
         self.queued += 1
-        if lane.backed_up:
+        if lane.pace.behind:
             self._backed_up += 1
         else:
             self._keeping_up_bytes += flight.weight
@@ -287,11 +275,12 @@ class Lanes:
         else:
             self._settle.park(flight, "draining")
 
-    def _park_for_room(self, flight: Flight) -> None:
+    def _park_for_room(self, flight: Flight, now: float) -> None:
         """Its own reason ends when what is parked has gone through at the destination's recent rate."""
         lane = flight.lane
+        lane.pace.full_at = now
         lane.backlog += 1
-        until_ms = _wall_ms(lane.backlog / lane.done_rate) if lane.done_rate else 0
+        until_ms = _wall_ms(lane.backlog / lane.pace.per_s) if lane.pace.per_s else 0
         self._settle.park(flight, "lane_full" if lane.rate is None else "rate", until_ms)
 
     def came_back(self, lane: Lane) -> None:
@@ -303,19 +292,20 @@ class Lanes:
         flights = list(lane.queue)
         lane.queue.clear()
         self.queued -= len(flights)
-        if lane.backed_up:
+        if lane.pace.behind:
             self._backed_up -= len(flights)
         else:
             self._keeping_up_bytes -= lane.queued_bytes
         lane.queued_bytes = 0
-        lane.backed_up = False
+        lane.pace.behind = False
+        lane.bound = QUEUE_BOUND
         self._waiting.pop(lane, None)
         return flights
 
     def _take_head(self, lane: Lane) -> Flight:
         flight = lane.queue.popleft()
         self.queued -= 1
-        if lane.backed_up:
+        if lane.pace.behind:
             self._backed_up -= 1
         else:
             self._keeping_up_bytes -= flight.weight
@@ -420,7 +410,7 @@ class Lanes:
             del self._young[id(flight)]
         self._share.finished(lane.seat, flight.slow, flight.delivery.size)
         self.held_bytes -= flight.delivery.size
-        lane.completed(now)
+        lane.pace.completed(now)
         self._ended_since += 1
         flight.outcome = outcome
         flight.duration_s = now - flight.started_at
@@ -468,7 +458,8 @@ class Lanes:
         self._ended_since = 0
         self._pace += PACE_WEIGHT * (pace - self._pace)
         self._enough_queued = min(MOST_QUEUED, max(LEAST_QUEUED, int(self._pace)))
-        stalled = now - self._ticked > 2 * TICK_S  # this process did not run: what waited meanwhile tells nothing
+        last_tick = self._ticked
+        stalled = now - last_tick > 2 * TICK_S  # this process did not run: what waited meanwhile tells nothing
         self._ticked = now
         aged: list[Flight] = []
         for flight in self._young.values():
@@ -480,8 +471,9 @@ class Lanes:
             flight.slow = True
             self._share.aged(flight.lane.seat, flight.delivery.size)
         if not stalled:
+            pressed = not self.has_room()
             for lane in list(self._waiting):
-                self._age(lane, now)
+                self._age(lane, now, last_tick, pressed)
         self._relieve()
         for waiting in (self._rated, self._denied):
             self._ring.extend(waiting)
@@ -491,22 +483,22 @@ class Lanes:
             self.room.set()
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
-    def _age(self, lane: Lane, now: float) -> None:
+    def _age(self, lane: Lane, now: float, last_tick: float, pressed: bool) -> None:
         """Parks what has waited 5 s, and notes whether the lane keeps up."""
         queue = lane.queue
         if self._held_for:
             return
         while queue and queue[0].queued_at < now - QUEUE_AGE_S:
-            self._park_for_room(self._take_head(lane))
-        # a lane that waits for its turn, not for its destination, is behind because the worker is
-        at_its_limit = (
-            lane.seat.slow > 0 or lane.seat.in_flight >= lane.record.limits.in_flight or lane.rate is not None
-        )
-        backed_up = at_its_limit and bool(queue) and queue[0].queued_at < now - BACKED_UP_S
-        if backed_up != lane.backed_up:
-            lane.backed_up = backed_up
-            self._backed_up += len(queue) if backed_up else -len(queue)
-            self._keeping_up_bytes += -lane.queued_bytes if backed_up else lane.queued_bytes
+            self._park_for_room(self._take_head(lane), now)
+        seat, pace = lane.seat, lane.pace
+        was_behind = pace.behind
+        at_its_limits = seat.slow > 0 or seat.in_flight >= lane.record.limits.in_flight or lane.rate is not None
+        waited_s = now - queue[0].queued_at if queue else 0.0
+        pace.look(now, last_tick, len(queue), waited_s, at_its_limits=at_its_limits, pressed=pressed)
+        lane.bound = pace.bound(QUEUE_BOUND)
+        if pace.behind != was_behind:
+            self._backed_up += len(queue) if pace.behind else -len(queue)
+            self._keeping_up_bytes += -lane.queued_bytes if pace.behind else lane.queued_bytes
 
     def has_room(self) -> bool:
         """Whether the worker should take in more: not while it is itself, rather than a destination, that is behind."""

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -63,6 +63,7 @@ FENCED_INSTANCE_ID: Final = 82  # the broker's error code; aiokafka 0.14.0 does 
 FULL_POLL_S: Final = 0.005
 IDLE_POLL_S: Final = 1.0
 FETCH_WAIT_S: Final = 0.25  # without a record for so long the partitions are idle
+FULL_WAIT_S: Final = 0.01  # while some partition is full: it may have room again
 IDLE_MAX_WAIT_MS: Final = 500
 FAULT_BACKOFF_S: Final = 1.0
 FAULT_LOG_EVERY_S: Final = 30.0
@@ -145,6 +146,7 @@ class Hooks(Struct, frozen=True):
     on_assigned: Callable[[frozenset[TopicPartition]], None] = lambda partitions: None  # the whole assignment
     on_revoked: Callable[[frozenset[TopicPartition]], None] = lambda partitions: None
     on_fatal: Callable[[BaseException], None] = lambda reason: None  # the process has to end, exit code 1; told once
+    full: Callable[[], frozenset[tuple[str, int]]] = lambda: frozenset()  # partitions of which nothing is to be drawn
 
 
 NO_HOOKS: Final = Hooks()
@@ -368,18 +370,24 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     def _on_fenced(self, fault: FencedInstance) -> None:
         self.parent_loop.call_soon_threadsafe(self.consumer.fail, fault)
 
-    async def draw(self, timeout_s: float, max_records: int) -> _Drawn:
-        """Records that aiokafka has fetched; waits up to `timeout_s` for some. Raises KafkaError."""
-        return cast(_Drawn, await self.call_thread(self._draw, timeout_s, max_records))
+    async def draw(self, timeout_s: float, max_records: int, full: Container[tuple[str, int]] = ()) -> _Drawn:
+        """Records that aiokafka has fetched, none of those in `full`; waits up to `timeout_s`. Raises KafkaError."""
+        return cast(_Drawn, await self.call_thread(self._draw, timeout_s, max_records, full))
 
-    async def _draw(self, timeout_s: float, max_records: int) -> _Drawn:
+    async def _draw(self, timeout_s: float, max_records: int, full: Container[tuple[str, int]]) -> _Drawn:
         consumer = self._healthy_consumer()
         fetcher = consumer._fetcher
+        wanted = [at for at in consumer.assignment() if at not in full] if full else None  # None: all
         with _polling(fetcher._subscriptions):
-            records = await fetcher.fetched_records(None, timeout=timeout_s, max_records=max_records)
+            if wanted == []:
+                await asyncio.sleep(timeout_s)
+                records = {}
+            else:
+                records = await fetcher.fetched_records(wanted, timeout=timeout_s, max_records=max_records)
         fetching: Fetching = self.transport.fetching
-        fetcher._fetch_min_bytes = fetching.min_bytes if records else 1
-        fetcher._fetch_max_wait_ms = fetching.max_wait_ms if records else IDLE_MAX_WAIT_MS
+        idle = not records and not full
+        fetcher._fetch_min_bytes = 1 if idle else fetching.min_bytes
+        fetcher._fetch_max_wait_ms = IDLE_MAX_WAIT_MS if idle else fetching.max_wait_ms
         subscription = consumer._subscription.subscription
         return _Drawn(subscription.assignment if subscription is not None else None, records)
 
@@ -736,7 +744,9 @@ class Consumer(driver.Consumer):
         """The next records. A call that was cancelled while waiting leaves its question open for the next one."""
         if self._drawing is None:
             fetching = self.transport.fetching
-            self._drawing = asyncio.ensure_future(self._thread.draw(FETCH_WAIT_S, fetching.max_records))
+            full = self.transport.hooks.full()
+            wait_s = FULL_WAIT_S if full else FETCH_WAIT_S
+            self._drawing = asyncio.ensure_future(self._thread.draw(wait_s, fetching.max_records, full))
         await asyncio.wait([self._drawing])
         drawing, self._drawing = self._drawing, None
         return drawing.result()
