@@ -17,7 +17,9 @@ from schemas.ids import Vendor
 from schemas.topics import Topics
 
 TRANSACTION_TIMEOUT_S: Final = 30.0
-SEEN_TIMEOUT_S: Final = 30.0
+# A change of another vendor that was killed within its transaction holds readers of these topics back until a broker
+# ends it: that looks for such ones every 10 s (transaction.abort.timed.out.transaction.cleanup.interval.ms).
+SEEN_TIMEOUT_S: Final = TRANSACTION_TIMEOUT_S + 30.0
 
 _FENCED: Final = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 
