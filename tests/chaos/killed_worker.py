@@ -19,10 +19,10 @@ from streams.ingress import Router
 from streams.lanes import Lanes
 from streams.ledger import DONE, Answers, Ledger
 from streams.outbox import Letter, Outbox
-from streams.pump import Due, PumpSource
+from streams.pump import Due, Pump, PumpSource
 from streams.retry import Retries
 from streams.settle import Settle
-from streams.transport import Consumer, Fetch
+from streams.transport import Consumer, Fetch, TopicPartition
 from tests import patient_worker
 
 
@@ -178,6 +178,28 @@ def hop_told(victim: Victim) -> None:
     Ledger.tell = look  # type: ignore[method-assign]
 
 
+def retry_recorded(victim: Victim) -> None:
+    """Its retry record and its attempt record are acknowledged; the ledger knows nothing of them yet."""
+    recorded(victim)
+
+
+def dead_told(victim: Victim) -> None:
+    """The ledger knows that its dead letter is acknowledged; its source is not acknowledged yet."""
+    hop_told(victim)
+
+
+def event_recorded(victim: Victim) -> None:
+    """Its own record is acknowledged, and it goes nowhere: its source is not acknowledged yet."""
+    write_batch = Outbox.write_batch
+
+    async def look(outbox: Outbox, topic: str, keys: Sequence[str], values: Sequence[bytes]) -> None:
+        await write_batch(outbox, topic, keys, values)
+        if any(victim.is_in(value) and b'"kind":"event"' in value for value in values):
+            die()
+
+    Outbox.write_batch = look  # type: ignore[method-assign]
+
+
 def acknowledged(victim: Victim) -> None:
     """Its source is acknowledged in this process, its offset is not committed."""
     victim.watch_fetches()
@@ -235,6 +257,20 @@ def disabled_written(victim: Victim) -> None:
     Outbox.write = look  # type: ignore[method-assign]
 
 
+def disabled_held(victim: Victim) -> None:
+    """Its dead letter is acknowledged; the record that disables its destination is not written."""
+    write = Outbox.write
+
+    def look(outbox: Outbox, letter: Letter) -> None:
+        if letter.topic.endswith(".state"):
+            return
+        if victim.is_of(letter):
+            letter.done = lambda *_: die()
+        write(outbox, letter)
+
+    Outbox.write = look  # type: ignore[method-assign]
+
+
 def _is_victims(victim: Victim, due: Due) -> bool:
     return ("hg-event", victim.id.encode()) in due.record.headers
 
@@ -273,6 +309,28 @@ def retry_acknowledged(victim: Victim) -> None:
     PumpSource.settled = look  # type: ignore[method-assign]
 
 
+def retry_committed(victim: Victim) -> None:
+    """The offset of its retry record is committed."""
+    due, commit = Retries.due, Pump._commit
+    places: set[tuple[TopicPartition, int]] = set()
+
+    async def note(retries: Retries, records: Sequence[Due]) -> None:
+        for one in records:
+            if _is_victims(victim, one):
+                places.add((TopicPartition(one.source.topic, one.source.partition), one.offset))
+        await due(retries, records)
+
+    async def look(pump: Pump) -> bool:
+        done = await commit(pump)
+        passed = pump.committed()
+        if any(passed.get(at, 0) > offset for at, offset in places):
+            die()
+        return done
+
+    Retries.due = note  # type: ignore[method-assign]
+    Pump._commit = look  # type: ignore[method-assign]
+
+
 def moved(victim: Victim) -> None:
     """Its retry record is acknowledged in the tier of the rest, before the one that it replaces is settled."""
     relay = Settle.relay
@@ -296,13 +354,18 @@ POINTS: Final[dict[str, Callable[[Victim], None]]] = {
         acknowledged,
         committed,
         retry_written,
+        retry_recorded,
         hop_told,
         retry_due,
         retry_answered,
         retry_acknowledged,
+        retry_committed,
         moved,
         dead_written,
+        dead_told,
         disabled_written,
+        disabled_held,
+        event_recorded,
         unrouted_written,
     )
 }

@@ -43,12 +43,16 @@ ONE_FAILS, TWO_FAIL, THREE_FAIL = (fail_first(times) for times in (1, 2, 3))
 
 FAR_SIDES: dict[str, Script] = {
     "retry_written": THREE_FAIL,  # both of its chains fail once more: each has a hop to write
+    "retry_recorded": TWO_FAIL,
     "hop_told": TWO_FAIL,
     "retry_due": ONE_FAILS,
     "retry_answered": ONE_FAILS,
     "retry_acknowledged": ONE_FAILS,
+    "retry_committed": ONE_FAILS,
     "dead_written": Refuse(400),
+    "dead_told": Refuse(400),
     "disabled_written": Refuse(410),
+    "disabled_held": Refuse(410),
 }
 
 WITH_LEDGER = {
@@ -60,12 +64,16 @@ WITH_LEDGER = {
     "acknowledged": Predicted((1,), recovered=(True,)),
     "committed": Predicted((1,)),
     "retry_written": Predicted((4,), recovered=(True, False)),  # of the two chains one goes stale, or joins
+    "retry_recorded": Predicted((3,), recovered=(True, False)),
     "hop_told": Predicted((3,)),
     "retry_due": Predicted((2,)),
     "retry_answered": Predicted((3,), accepted=2),
     "retry_acknowledged": Predicted((2,), recovered=(True,)),
+    "retry_committed": Predicted((2,)),
     "dead_written": Predicted((2,), accepted=0, letters=(2,)),
+    "dead_told": Predicted((1,), accepted=0, letters=(1,)),
     "disabled_written": Predicted((1,), accepted=0, letters=(1, 2)),
+    "disabled_held": Predicted((2,), accepted=0, letters=(2,)),  # disabled by its second 410
 }
 
 WITHOUT_LEDGER = {
@@ -79,6 +87,9 @@ WITHOUT_LEDGER = {
 }
 
 
+NOWHERE = ("event_recorded", "unrouted_written")  # points of events that have no delivery
+
+
 class Seen(Struct, frozen=True):
     """What was there when all was over."""
 
@@ -86,6 +97,7 @@ class Seen(Struct, frozen=True):
     letters: dict[str, list[Read]]
     retries: dict[str, list[Read]]
     attempts: dict[str, list[dict[str, Any]]]
+    events: list[dict[str, Any]]
     unrouted: list[Read]
 
 
@@ -100,6 +112,9 @@ def victim_of(point: str) -> str:
 async def killed_at_each(deployment: Deployment, points: Sequence[str], *how: str, **env: str) -> Seen:
     """The story. `how` is told to each worker that dies, `env` are further settings of it, without their HEADGATE_."""
     tenants = [deployment.tenant(tenant_of(point), retry=QUICK) for point in points]
+    for tenant in tenants:
+        if tenant["externalId"] == tenant_of("event_recorded"):
+            tenant["routes"] = []
     await deployment.apply({"tenants": [*tenants, deployment.tenant("bystanders")]})
     for point in points:
         deployment.inbox.script(f"/{tenant_of(point)}", FAR_SIDES.get(point, Ok()))
@@ -123,8 +138,9 @@ async def killed_at_each(deployment: Deployment, points: Sequence[str], *how: st
 
 
 def seen(deployment: Deployment, points: Sequence[str]) -> Seen:
-    found = Seen({}, {}, {}, {}, deployment.unrouted())
     letters, retries, attempts = deployment.dead_letters(TAG), deployment.retries(TAG), deployment.attempts()
+    events = [one for one in attempts if one["kind"] == "event"]
+    found = Seen({}, {}, {}, {}, events, deployment.unrouted())
     for point in points:
         name = victim_of(point)
         found.requests[point] = deployment.inbox.received(f"/{tenant_of(point)}")
@@ -144,7 +160,7 @@ async def both(stack: Stack) -> tuple[Seen, Seen]:
     nobody = f"redis://127.0.0.1:{free_port()}/0"
     async with Deployment.on(stack, **ONE_TIER) as one, Deployment.on(stack, **ONE_TIER) as other:
         return await asyncio.gather(
-            killed_at_each(one, [*WITH_LEDGER, "unrouted_written"], **QUICK_COMMITS),
+            killed_at_each(one, [*WITH_LEDGER, *NOWHERE], **QUICK_COMMITS),
             killed_at_each(other, list(WITHOUT_LEDGER), "apart", REDIS_URL=nobody, **QUICK_COMMITS),
         )
 
@@ -187,6 +203,13 @@ def test_an_event_that_cannot_be_routed_is_kept_though_perhaps_twice(both: tuple
     assert both[0].requests["unrouted_written"] == []
 
 
+def test_an_event_that_goes_nowhere_has_its_record_though_perhaps_twice_under_one_id(both: tuple[Seen, Seen]):
+    records = [one for one in both[0].events if one["eventId"] == victim_of("event_recorded")]
+    assert len(records) == 2
+    assert len({(one["id"], one["origin"]) for one in records}) == 1
+    assert both[0].requests["event_recorded"] == []
+
+
 def test_every_chain_of_retries_but_one_ends_when_its_letter_was_written_twice(both: tuple[Seen, Seen]):
     """With the ledger one chain alone goes on to write a last hop; without it both go on, to a delivery each."""
 
@@ -201,7 +224,7 @@ def test_every_chain_of_retries_but_one_ends_when_its_letter_was_written_twice(b
 
 
 def test_every_point_of_the_worker_is_in_the_matrix():
-    assert set(POINTS) == {*WITH_LEDGER, "unrouted_written", "moved"}
+    assert set(POINTS) == {*WITH_LEDGER, *NOWHERE, "moved"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from schemas.dead_letter import Selectors, replay_job
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
 from schemas.wire import read_parked
 from tests.cli.test_commands import Letters, Shell, listed
+from tests.streams.killed_replay import DROP_POINTS
 
 pytestmark = pytest.mark.broker
 
@@ -259,6 +261,30 @@ def test_dropped_letters_are_marked_and_nothing_is_sent(shell: Shell) -> None:
     assert [one["hg-mark"] for one in marks(dead(shell))] == [b"dropped", b"dropped"]
     assert replayed(shell, *ACME) == (2, 0, 2)
     assert replayed(shell, *ACME, "--force") == (2, 2, 0)
+
+
+def test_a_drop_killed_at_any_step_goes_on_when_it_is_run_again_and_marks_nobody_elses(shell: Shell) -> None:
+    letters, count, nth = Letters(shell), 12, 3
+    for number in range(count):
+        letters.write("acme", number)
+        letters.write("acme2", number)
+    for point in DROP_POINTS:
+        killed = subprocess.run(
+            [sys.executable, "-m", "tests.streams.killed_replay", point, str(nth), "-", "dlq", "drop", *ACME],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, **shell.env},
+            timeout=60,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL, (point, killed.stderr)
+    last = done(shell, "drop", *ACME)
+    assert last["matched"] == count
+    assert last["skipped"] >= nth  # what the killed ones had marked
+    assert last["dropped"] + last["skipped"] == count
+    assert listed(shell, *ACME) == []
+    assert len(listed(shell, "--tenant", "acme2")) == count
+    assert retries(shell) == []
 
 
 def test_unrouted_records_go_back_to_ingress_but_for_those_that_cannot(shell: Shell) -> None:

@@ -1,4 +1,4 @@
-"""The real command, which kills itself (SIGKILL) where the nth letter of a replay passes a named point.
+"""The real command, which kills itself (SIGKILL) where the nth letter of a replay or a drop passes a named point.
 
 `python -m tests.streams.killed_replay POINT NTH SAFEGUARD ARGUMENTS…` is `headgate ARGUMENTS…`, with what is wrapped
 doing what it always did. SAFEGUARD names what is taken out, for a control; `-` takes nothing out.
@@ -29,7 +29,7 @@ class Count:
 
 
 def counted(count: Count) -> None:
-    """The letters are counted, nothing is written."""
+    """The letters are counted, nothing is written. Of a drop too."""
     survey = cli.replay.survey
 
     def look(*args: Any, **kwargs: Any) -> Any:
@@ -60,7 +60,7 @@ def acknowledged(count: Count) -> None:
 
 
 def mark_sent(count: Count) -> None:
-    """The mark is with the producer: it may be written or not."""
+    """The mark is with the producer: it may be written or not. Of a drop too."""
     write = Scribe.write
 
     def look(scribe: Scribe, record: Outgoing, then: Any) -> None:
@@ -85,6 +85,21 @@ POINTS: Final[dict[str, Callable[[Count], None]]] = {
 }
 
 
+def dropped(count: Count) -> None:
+    """The mark of a drop is acknowledged."""
+    drop = cli.replay.drop_letters
+
+    def look(settings: Any, topic: str, found: Any, job: str, told: Any) -> int:
+        return drop(settings, topic, found, job, lambda _: count.one())
+
+    cli.replay.drop_letters = look
+
+
+DROP_POINTS: Final[dict[str, Callable[[Count], None]]] = {
+    point.__name__: point for point in (counted, mark_sent, dropped)
+}
+
+
 def jobs() -> None:
     """The job of a letter is another one each time."""
     cli.replay.replay_job = lambda *_: secrets.token_hex(8)
@@ -105,6 +120,6 @@ SAFEGUARDS: Final = {"-": lambda: None, "jobs": jobs, "origin": origin}
 if __name__ == "__main__":
     named, nth, without, *arguments = sys.argv[1:]
     if named != "-":
-        POINTS[named](Count(int(nth)))
+        {**POINTS, **DROP_POINTS}[named](Count(int(nth)))
     SAFEGUARDS[without]()
     main(arguments)
