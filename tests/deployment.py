@@ -234,6 +234,7 @@ class Deployment:
                 "group.id": f"{self.prefix}.test",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
+                "fetch.wait.max.ms": 20,  # or each end of a topic is told half a second late
                 "isolation.level": "read_committed",
                 "auto.offset.reset": "earliest",
             }

@@ -10,9 +10,11 @@ from typing import Any, Final
 
 import streams.outbox
 from config.settings import Settings
+from schemas.ids import DestinationId
 from streams.app import run_worker
+from streams.compiled import CompiledTenant
 from streams.flight import Flight
-from streams.lanes import Lanes
+from streams.lanes import Lane, Lanes
 from streams.ledger import Answers, Ledger
 from streams.outbox import Outbox
 
@@ -59,7 +61,21 @@ def needs_redis() -> None:
     Ledger.ask = insist  # type: ignore[method-assign]
 
 
-WAYS: Final[dict[str, Callable[[], None]]] = {way.__name__: way for way in (acknowledges_early, gives_up, needs_redis)}
+def crosses_tenants() -> None:
+    """A destination is known by its id alone: whose was needed first gets the deliveries of all."""
+    lane = CompiledTenant.lane
+    first: dict[DestinationId, Lane] = {}
+
+    def anybodys(tenant: CompiledTenant, destination: DestinationId) -> Lane | None:
+        found = lane(tenant, destination)
+        return None if found is None else first.setdefault(destination, found)
+
+    CompiledTenant.lane = anybodys  # type: ignore[method-assign]
+
+
+WAYS: Final[dict[str, Callable[[], None]]] = {
+    way.__name__: way for way in (acknowledges_early, gives_up, needs_redis, crosses_tenants)
+}
 
 
 def main() -> None:
