@@ -255,6 +255,8 @@ def test_a_new_master_key_goes_in_and_the_old_one_out(shell: Shell) -> None:
         "stillNeeded": [old_id],
     }
     assert f"keep the line of {old_id}" in again.stderr
+    for point in ("watching", "ticked"):
+        shell.killed(point, "keys", "rotate", "--master", "--wait")
     shell.compacts(True)
     waited = shell.run("keys", "rotate", "--master", "--wait", "--output", "json")
     assert waited.exit_code == 0, waited.output
