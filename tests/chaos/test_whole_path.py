@@ -41,34 +41,33 @@ def test_every_event_is_accounted_for_and_none_crosses_whatever_is_done_in_any_o
 
 def test_one_of_everything_that_an_operator_a_receiver_and_bad_luck_can_do(breakable: Stack) -> None:
     """A story told by hand, so that each run has each kind of step."""
-    machine = WholePath(breakable)
-    machine.far_side("acme", "one", "refuses")
-    machine.far_side("acme2", "one", "hangs")
-    machine.far_side("ACME", "two", "is gone")
-    everything = [EventKey(tenant, type_, id_) for tenant in TENANTS for type_ in TYPES for id_ in IDS[:3]]
-    machine.publish(everything)
-    machine.operate("acme", "two", "disable")
-    machine.wait_until_all_is_routed()
-    machine.start_or_end_worker("w0", kill=True)
-    machine.publish(everything[::3])
-    machine.reconfigure("acme2", "large-both")
-    machine.reconfigure("ACME", "tenant")
-    machine.operate("acme2", "one", "secret")
-    machine.operate("acme", "one", "key")
-    machine.start_or_end_worker("w0", kill=True)
-    machine.publish([EventKey(tenant, "order.made", IDS[5]) for tenant in TENANTS])
-    machine.wait_until_all_is_routed()
-    machine.drop("acme", ())
-    machine.nothing_crosses()
-    machine.far_side("acme", "one", "fails once")
-    machine.publish([EventKey("acme", "invoice.paid", IDS[5]), EventKey("acme2", "invoice.paid", IDS[5])])
-    machine.restart_redis()
-    machine.reconfigure("ACME", "tenant")
-    machine.reconfigure("acme", "one moves")
-    machine.replay_unrouted()
-    machine.replay("acme2", (), force=True)
-    machine.start_or_end_worker("w0", kill=False)
-    machine.teardown()
+    with WholePath(breakable) as machine:
+        machine.far_side("acme", "one", "refuses")
+        machine.far_side("acme2", "one", "hangs")
+        machine.far_side("ACME", "two", "is gone")
+        everything = [EventKey(tenant, type_, id_) for tenant in TENANTS for type_ in TYPES for id_ in IDS[:3]]
+        machine.publish(everything)
+        machine.operate("acme", "two", "disable")
+        machine.wait_until_all_is_routed()
+        machine.start_or_end_worker("w0", kill=True)
+        machine.publish(everything[::3])
+        machine.reconfigure("acme2", "large-both")
+        machine.reconfigure("ACME", "tenant")
+        machine.operate("acme2", "one", "secret")
+        machine.operate("acme", "one", "key")
+        machine.start_or_end_worker("w0", kill=True)
+        machine.publish([EventKey(tenant, "order.made", IDS[5]) for tenant in TENANTS])
+        machine.wait_until_all_is_routed()
+        machine.drop("acme", ())
+        machine.nothing_crosses()
+        machine.far_side("acme", "one", "fails once")
+        machine.publish([EventKey("acme", "invoice.paid", IDS[5]), EventKey("acme2", "invoice.paid", IDS[5])])
+        machine.restart_redis()
+        machine.reconfigure("ACME", "tenant")
+        machine.reconfigure("acme", "one moves")
+        machine.replay_unrouted()
+        machine.replay("acme2", (), force=True)
+        machine.start_or_end_worker("w0", kill=False)
 
 
 def sabotaged(stack: Stack, how: str, timeout: str = "1s") -> WholePath:
@@ -78,21 +77,19 @@ def sabotaged(stack: Stack, how: str, timeout: str = "1s") -> WholePath:
 def test_control_a_worker_that_acknowledges_early_is_found_to_lose_what_was_in_flight_when_it_was_killed(
     breakable: Stack,
 ) -> None:
-    machine = sabotaged(breakable, "acknowledges_early", "20s")
-    machine.far_side("acme", "one", "hangs")
-    machine.publish([EventKey("acme", "order.made", "evt-1")])
-    machine.wait_until_all_is_routed()
-    machine.wait_until_all_is_committed()
-    machine.start_or_end_worker("w0", kill=True)
-    with pytest.raises(AssertionError, match=r"acme order\.made evt-1 is lost: dlv_\w+ to one: requests \['/acme/one"):
-        machine.teardown()
+    lost = r"acme order\.made evt-1 is lost: dlv_\w+ to one: requests \['/acme/one"
+    with pytest.raises(AssertionError, match=lost), sabotaged(breakable, "acknowledges_early", "20s") as machine:
+        machine.far_side("acme", "one", "hangs")
+        machine.publish([EventKey("acme", "order.made", "evt-1")])
+        machine.wait_until_all_is_routed()
+        machine.wait_until_all_is_committed()
+        machine.start_or_end_worker("w0", kill=True)
 
 
 def test_control_a_worker_that_takes_a_destination_for_another_tenant_s_is_found_out(breakable: Stack) -> None:
-    machine = sabotaged(breakable, "crosses_tenants")
-    machine.publish([EventKey(tenant, "invoice.paid", "evt-1") for tenant in ("acme", "acme2")])
-    with pytest.raises(AssertionError, match=r"evt-1: dlv_\w+ of .* came to"):
-        machine.teardown()
+    crossed = r"evt-1: dlv_\w+ of .* came to"
+    with pytest.raises(AssertionError, match=crossed), sabotaged(breakable, "crosses_tenants") as machine:
+        machine.publish([EventKey(tenant, "invoice.paid", "evt-1") for tenant in ("acme", "acme2")])
 
 
 @pytest.mark.chaos

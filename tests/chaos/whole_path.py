@@ -154,7 +154,11 @@ class WholePath(RuleBasedStateMachine):
         self._may_repeat = False
         self._workers: dict[str, Worker] = {}
         self._tags: dict[str, Tag] = {}
-        self._do("begin", self._begin(stack))
+        try:
+            self._do("begin", self._begin(stack))
+        except BaseException:
+            self._close()
+            raise
 
     # ---------------------------------------------------------------- steps
 
@@ -275,13 +279,24 @@ class WholePath(RuleBasedStateMachine):
                 secrets = self._secrets[tenant, destination]
                 self._must(_is_signed(one, secrets), f"{one.webhook_id} came to {path} with a foreign signature")
 
+    def __enter__(self) -> "WholePath":
+        """For a story that is told by hand."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.teardown()
+
     def teardown(self) -> None:
+        """The end of each story; of one that failed only what it started is ended."""
         try:
             if not self._failed:
                 self._do("mend everything, and let it come to its end", self._end())
         finally:
-            self._runner.run(self._exits.aclose())
-            self._runner.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._runner.run(self._exits.aclose())
+        self._runner.close()
 
     # ---------------------------------------------------------------- how they are done
 
