@@ -41,10 +41,12 @@ from config.kafka import CONNECT_TIMEOUT_S, DENIED, KafkaFault, client_config, c
 from config.plan import Current, current_state
 from config.provision import COPIES
 from config.registry import Registry
-from config.settings import Settings, SettingsError, show_bytes, show_duration
+from config.settings import SchemaRegistrySettings, Settings, SettingsError, show_bytes, show_duration
+from config.upcasters import installed_upcasters
 from config.vault import MasterKeys, Unsealable
 from schemas.ids import Tag, TenantRef, Vendor
 from schemas.topics import DAY_MS, TopicSpec, base_topics, tenant_topics
+from streams.schemas import NoAnswer, SchemaRegistry
 
 Status: TypeAlias = Literal["ok", "warn", "fail"]
 Partition: TypeAlias = tuple[str, int]
@@ -110,6 +112,7 @@ def examine(settings: Settings) -> Iterator[Check]:
         admin, _ = connected_admin(kafka)
     except KafkaFault as fault:
         yield Check("broker", "fail", str(fault), "nothing else of Kafka can be looked at until then")
+        yield from _schemas(settings)
         yield from _redis(settings)
         return
     yield _broker(settings, admin)
@@ -123,6 +126,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     yield _leftovers(settings, cluster, expected, tenants)
     yield tenants.check
     yield from _keys(settings, tenants)
+    yield from _schemas(settings)
     yield from _redis(settings)
     yield _clock(settings, admin)
     yield from _groups(settings, admin, cluster)
@@ -464,6 +468,45 @@ def _leftovers(settings: Settings, cluster: _Cluster, expected: Mapping[str, Top
         "with your Kafka tools, or configure whose they are"
     )
     return _verdict("leftover topics", "warn", unknown, fine, do)
+
+
+# ---------------------------------------------------------------- schemas
+
+
+def _schemas(settings: Settings) -> Iterator[Check]:
+    """Nothing where there is neither a registry nor an upcaster."""
+    if settings.schema_registry is not None:
+        yield asyncio.run(_schema_registry(settings.schema_registry))
+    try:
+        chains = list(installed_upcasters().chains())
+    except SettingsError as fault:
+        yield Check("upcasters", "fail", str(fault), "a worker does not start with it")
+        return
+    gaps = [
+        f"{event_type}: nothing raises version {version}"
+        for event_type, versions in chains
+        for version in range(1, max(versions))
+        if version not in versions
+    ]
+    if chains:
+        fine = ", ".join(f"{event_type} to version {max(versions) + 1}" for event_type, versions in chains)
+        do = "if there are such events, register the missing step: they go to dlq.unrouted as unknown_schema"
+        yield _verdict("upcasters", "warn", gaps, fine, do)
+
+
+async def _schema_registry(settings: SchemaRegistrySettings) -> Check:
+    url, registry = settings.url, SchemaRegistry(settings)
+    try:
+        types = await registry.types()
+    finally:
+        await registry.close()
+    if isinstance(types, NoAnswer):
+        do = "check HEADGATE_SCHEMA_REGISTRY_URL; Avro events whose schema a worker has not met yet go to dlq.unrouted"
+        return Check("schema registry", "fail", f"{url}: {types.why}", do)
+    if "AVRO" not in types:
+        says = f"{url} has no schemas of type AVRO, but {', '.join(types) or 'none'}"
+        return Check("schema registry", "fail", says, "name a registry that holds those of your Avro events")
+    return Check("schema registry", "ok", f"{url} answers")
 
 
 # ---------------------------------------------------------------- Redis and the clock

@@ -10,10 +10,12 @@ import msgspec
 from msgspec import Struct
 
 from cli.completion import files
-from cli.output import counted, opened, output_option, printable, say, show_json
+from cli.output import counted, opened, output_option, printable, say, show_json, told
+from config.upcasters import installed_upcasters
 from routing.filters import FilterError, FilterFault, compile_filter
-from schemas.event import Event, Problem, decode_event
+from schemas.event import Event, Problem
 from schemas.ids import ExternalId
+from schemas.upcast import Upcasters
 
 # the longest event that any setting lets through, and its envelope
 _MAX_LINE_BYTES: Final = 16 * 1024 * 1024
@@ -37,13 +39,13 @@ class _Named(Struct):
 _decode_named = msgspec.json.Decoder(_Named).decode
 
 
-def _event(number: int, raw: bytes) -> Event | str:
+def _event(number: int, raw: bytes, upcasters: Upcasters) -> Event | str:
     """The event on a line, whosever it is, or why it is none."""
     try:
         tenant = ExternalId(_decode_named(raw).customerExternalId)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
         return str(fault)[:300]
-    event = decode_event(raw, tenant, "line-", number, int(time() * 1000), _MAX_LINE_BYTES)
+    event = upcasters.decode(raw, tenant, "line-", number, int(time() * 1000), _MAX_LINE_BYTES)
     return event.detail if isinstance(event, Problem) else event
 
 
@@ -60,6 +62,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 @click.argument("expression", metavar="EXPR")
 @click.option("-f", "--file", "file", metavar="FILE", shell_complete=files, help="One JSON event a line; - for stdin.")
 @output_option
+@told
 def command(expression: str, file: str | None, output: str) -> None:
     """Check a filter (the `where` of a route), and try it on events.
 
@@ -89,6 +92,7 @@ def command(expression: str, file: str | None, output: str) -> None:
         else:
             click.echo(reads)
         return
+    upcasters = installed_upcasters()
     source = _lines(opened(file))
     say(reads)
 
@@ -100,7 +104,7 @@ def command(expression: str, file: str | None, output: str) -> None:
         click.echo(msgspec.json.encode(shown).decode()[:-1] + ',"events":[', nl=False)
     for number, raw in source:
         each = Tried(number, "no event")
-        event = _event(number, raw)
+        event = _event(number, raw, upcasters)
         if isinstance(event, str):
             each.why = event
         else:

@@ -32,9 +32,11 @@ from cli.output import (
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain, read_to_end
 from config.settings import Settings
+from config.upcasters import installed_upcasters
 from schemas.control import TenantRecord, decode_control, parse_control_key
-from schemas.event import Problem, decode_event
+from schemas.event import Problem
 from schemas.ids import ExternalId, Vendor, external_id_problem
+from schemas.upcast import Upcasters
 
 SHOWN_FAULTS: Final = 20
 SHOWN_KEYS: Final = 5
@@ -72,7 +74,9 @@ class _Named(Struct):
 _decode_named = msgspec.json.Decoder(_Named).decode
 
 
-def read_line(number: int, raw: bytes, tenant: ExternalId | None, max_bytes: int) -> Line | BadLine | None:
+def read_line(
+    number: int, raw: bytes, tenant: ExternalId | None, max_bytes: int, upcasters: Upcasters
+) -> Line | BadLine | None:
     """The event on a line, why it is none, or None for an empty line.
 
     The record's key is the line's `customerExternalId`, else `tenant`. The value is the line as it stands.
@@ -90,7 +94,7 @@ def read_line(number: int, raw: bytes, tenant: ExternalId | None, max_bytes: int
             return BadLine(number, "field customerExternalId: is missing; add it, or name the tenant with --tenant")
         if (problem := external_id_problem(key)) is not None:
             return BadLine(number, f"field customerExternalId: {problem}")
-    event = decode_event(value, key, "line-", number, int(time() * 1000), max_bytes)
+    event = upcasters.decode(value, key, "line-", number, int(time() * 1000), max_bytes)
     if isinstance(event, Problem):
         if event.code == "key_mismatch":
             return BadLine(number, "field customerExternalId: differs from --tenant")
@@ -105,7 +109,9 @@ def _why_no_event(fault: Exception) -> str:
     return f"the line is no JSON object: {told}; write each event on one line, in UTF-8"
 
 
-def read_lines(stream: IO[bytes], tenant: ExternalId | None, max_bytes: int) -> Iterator[Line | BadLine]:
+def read_lines(
+    stream: IO[bytes], tenant: ExternalId | None, max_bytes: int, upcasters: Upcasters
+) -> Iterator[Line | BadLine]:
     """Lines may be as long as an event may be; a longer one is read in pieces and refused."""
     limit = max_bytes + 64 * 1024
     number = 0
@@ -118,7 +124,7 @@ def read_lines(stream: IO[bytes], tenant: ExternalId | None, max_bytes: int) -> 
                 raw = stream.readline(limit)
             yield BadLine(number, f"has more than {max_bytes} bytes")
             continue
-        line = read_line(number, raw, tenant, max_bytes)
+        line = read_line(number, raw, tenant, max_bytes, upcasters)
         if line is not None:
             yield line
 
@@ -244,9 +250,10 @@ def command(
         raise click.BadParameter(str(fault), param_hint="--rate") from None
     settings = load_settings(vendor)
     max_bytes = settings.sizes.max_event_bytes
+    upcasters = installed_upcasters()
     streaming = file == "-" or not os.path.isfile(file)
     if not streaming:
-        _refuse_bad_file(file, tenant, max_bytes, skip_bad)
+        _refuse_bad_file(file, tenant, max_bytes, upcasters, skip_bad)
     source = opened(file)
     topic = settings.topics.ingress(vendor)
     visible = _visible_topics(settings, topic, vendor)
@@ -254,7 +261,7 @@ def command(
     stopped: str | None = None
     try:
         with source as stream:
-            for line in read_lines(stream, tenant, max_bytes):
+            for line in read_lines(stream, tenant, max_bytes, upcasters):
                 if isinstance(line, Line):
                     publisher.send(line)
                     continue
@@ -296,10 +303,12 @@ def _shown(file: str) -> str:
     return "stdin" if file == "-" else file
 
 
-def _refuse_bad_file(file: str, tenant: ExternalId | None, max_bytes: int, skip_bad: bool) -> None:
+def _refuse_bad_file(
+    file: str, tenant: ExternalId | None, max_bytes: int, upcasters: Upcasters, skip_bad: bool
+) -> None:
     bad = 0
     with opened(file) as stream:
-        for line in read_lines(stream, tenant, max_bytes):
+        for line in read_lines(stream, tenant, max_bytes, upcasters):
             if isinstance(line, BadLine):
                 bad += 1
                 if bad <= SHOWN_FAULTS:

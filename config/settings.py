@@ -247,6 +247,19 @@ def _redis_url(text: str) -> str:
     return text
 
 
+def _http_url(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        port = url.port
+    except ValueError:
+        port, url = 0, SplitResult("", "", "", "", "")
+    if url.scheme not in ("http", "https") or port == 0 or not url.hostname or url.query or url.fragment:
+        raise ValueError("not the address of a server; write https://registry:8081, without a query")
+    if "@" in url.netloc:
+        raise ValueError("holds a user or a password; they have settings of their own")
+    return text.rstrip("/")
+
+
 # ---------------------------------------------------------------- declarations
 
 
@@ -320,6 +333,28 @@ KAFKA_CERT_FILE: Final = _in(
 )
 KAFKA_KEY_FILE: Final = _in(
     Setting("KAFKA_KEY_FILE", _file, "", "/etc/headgate/client.key", "Its private key (PEM, without a passphrase).")
+)
+
+_in = _Group("Schema registry")
+SCHEMA_REGISTRY_URL: Final = _in(
+    Setting(
+        "SCHEMA_REGISTRY_URL",
+        _http_url,
+        "",
+        "https://registry:8081",
+        "Where the schemas of Avro events are, by Confluent's API. Without it events are JSON only.",
+        secret=True,
+    )
+)
+SCHEMA_REGISTRY_USER: Final = _in(
+    Setting(
+        "SCHEMA_REGISTRY_USER", _text, "", "headgate", "For a registry that asks for a user (basic authentication)."
+    )
+)
+SCHEMA_REGISTRY_PASSWORD: Final = _in(
+    Setting(
+        "SCHEMA_REGISTRY_PASSWORD", _secret, "", "", "The user's password, or the secret of an API key.", secret=True
+    )
 )
 
 _in = _Group("Redis")
@@ -504,14 +539,11 @@ ENV: Final = _in(
 DEV_DIR: Final = _in(Setting("DEV_DIR", Path, ".headgate", "/tmp/headgate", "Data of `headgate dev`."))
 
 LATER: Final = {
-    "SCHEMA_REGISTRY_URL": "Avro events",
-    "SCHEMA_REGISTRY_USER": "Avro events",
-    "SCHEMA_REGISTRY_PASSWORD": "Avro events",
     "POSTGRES_DSN": "the API",
     "BIGQUERY_ENDPOINT": "BigQuery destinations",
 }
 SETTINGS: Final = {PREFIX + setting.name: setting for members in _GROUPS.values() for setting in members}
-_SECRET_LATER: Final = frozenset({"SCHEMA_REGISTRY_URL", "SCHEMA_REGISTRY_PASSWORD", "POSTGRES_DSN"})
+_SECRET_LATER: Final = frozenset({"POSTGRES_DSN"})
 
 # variables of our own tools, and those that Kubernetes makes up for a service called headgate
 _OURS: Final = re.compile(r"HEADGATE_(?:DEV_|TEST_|BENCH_|CACHE_DIR$)")
@@ -583,6 +615,14 @@ class KafkaSettings(Struct, frozen=True):
         return context
 
 
+class SchemaRegistrySettings(Struct, frozen=True):
+    """User and password are both given, or neither is."""
+
+    url: str
+    user: str | None = None
+    password: SecretStr | None = None
+
+
 class RedisSettings(Struct, frozen=True):
     """`url` may hold a password: show `shown`."""
 
@@ -644,6 +684,7 @@ class Settings(Struct, frozen=True):
     topics: Topics
     vendors: tuple[Vendor, ...]
     sizes: Sizes
+    schema_registry: SchemaRegistrySettings | None
     redis: RedisSettings
     keys: KeySettings
     tenants: TenantSettings
@@ -685,6 +726,7 @@ class Settings(Struct, frozen=True):
                 dlq_retention_ms=_ms(read(DLQ_RETENTION)),
                 longest_max_age_ms=_ms(DEFAULT_MAX_AGE_S),
             ),
+            schema_registry=_schema_registry(read),
             redis=redis,
             keys=KeySettings(read.optional(MASTER_KEY), read.optional(MASTER_KEY_FILE), production),
             tenants=TenantSettings(read(DEFAULT_TOPICS), read(POOLS)),
@@ -751,6 +793,17 @@ class _Reader:
         if setting.name not in self.faulty:
             self.problems.append(f"{PREFIX}{setting.name} is not set; give {what}")
         return setting.parse(setting.example)
+
+
+def _schema_registry(read: _Reader) -> SchemaRegistrySettings | None:
+    url, user = read.optional(SCHEMA_REGISTRY_URL), read.optional(SCHEMA_REGISTRY_USER)
+    password = read.optional(SCHEMA_REGISTRY_PASSWORD)
+    if (user is None) != (password is None):
+        missing = "SCHEMA_REGISTRY_PASSWORD" if password is None else "SCHEMA_REGISTRY_USER"
+        read.problems.append(f"{PREFIX}{missing} is not set; a user and a password go together")
+    elif user is not None and url is None and SCHEMA_REGISTRY_URL.name not in read.faulty:
+        read.problems.append(f"{PREFIX}SCHEMA_REGISTRY_URL is not set; a user and a password are of no use without it")
+    return None if url is None else SchemaRegistrySettings(url, user, password)
 
 
 def _shown(text: str) -> str:
@@ -832,6 +885,10 @@ def _production_problems(settings: Settings, confirmed: bool) -> Iterator[str]:
     checks = options.get("ssl_cert_reqs", ["required"]) + options.get("ssl_check_hostname", ["true"])
     if any(check.lower() not in ("required", "true", "1", "yes", "on") for check in checks):
         yield (f"{PREFIX}REDIS_URL: its ssl_… options leave certificates unverified, which {why} refuses; drop them")
+    schemas = settings.schema_registry
+    if schemas is not None and urlsplit(schemas.url).scheme != "https":
+        seen = _shown(schemas.url)
+        yield f"{PREFIX}SCHEMA_REGISTRY_URL={seen}: a plaintext link, which {why} refuses; write https://…"
     if settings.egress_allow and not confirmed:
         networks = ",".join(str(network) for network in settings.egress_allow)
         yield (

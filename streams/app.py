@@ -30,6 +30,7 @@ from config.logs import configure_logs
 from config.provision import provision, topic_ids
 from config.registry import Fault, Registry
 from config.settings import KafkaSettings, Settings, SettingsError
+from config.upcasters import installed_upcasters
 from config.vault import MasterKeys
 from connectors.egress import Egress
 from schemas.topics import base_topics, record_bytes
@@ -44,6 +45,7 @@ from streams.metrics import Metrics, registry_for
 from streams.outbox import Outbox
 from streams.pump import HEAP_BUDGET_BYTES, Pump
 from streams.retry import Retries
+from streams.schemas import SchemaRegistry
 from streams.settle import Settle
 from streams.transport import Hooks, SafeApp, TopicPartition, fetch_of, safe_app
 
@@ -115,6 +117,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._master = MasterKeys.load(settings.keys)  # wrong settings are refused before anything is reached
+        self._upcasters = installed_upcasters()
         self._name = settings.worker.id or f"{socket.gethostname()}-{os.getpid()}"
         self._vendors = {settings.topics.ingress(vendor): vendor for vendor in settings.vendors}
         self._assigned: frozenset[TopicPartition] = frozenset()
@@ -249,6 +252,7 @@ class Worker:
             commit_interval_s=worker.commit_interval_s,
         )
         self._app = self._faust(largest)
+        schema_registry = settings.schema_registry
         self._router = Router(
             self._app.reader,
             self._tenants,
@@ -261,6 +265,8 @@ class Worker:
             max_event_bytes=settings.sizes.max_event_bytes,
             worker=self._name,
             max_unknown_bytes=max_unknown_bytes,
+            upcasters=self._upcasters,
+            schema_registry=None if schema_registry is None else SchemaRegistry(schema_registry),
         )
         others = (self._pump, self._settle, self._outbox, self._router, retries)
         lanes.other_held_bytes = lambda: sum([part.held_bytes for part in others])
@@ -454,6 +460,7 @@ class Worker:
             await self._app.stop()
         await self._keep_averages()
         await self._reader.stop()
+        await self._router.close()
         await self._lanes.close()
         self._egress.close()
         await self._ledger.close()

@@ -18,9 +18,11 @@ from msgspec import Struct, structs
 
 from routing.match import Matching
 from schemas.attempt import PURPOSE_EVENT, EventRecord, encode_record
+from schemas.avro.reader import MAGIC, schema_id
 from schemas.delivery import Delivery
 from schemas.event import Event, Problem, canonical, correlation_id, decode_event, rfc3339
 from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
+from schemas.upcast import Upcasters
 from schemas.wire import read_origin
 from streams.compiled import CompiledTenant, Tenants, Unknowns
 from streams.fetching import PARTITION_RECORDS, FetchedRecord
@@ -29,6 +31,7 @@ from streams.lanes import Lanes
 from streams.ledger import Ledger
 from streams.metrics import Metrics, bump
 from streams.outbox import RawHeaders
+from streams.schemas import SchemaRegistry, Schemas
 from streams.settle import Settle
 from streams.transport import Consumer, Fetch, Record
 
@@ -69,6 +72,16 @@ class _Routed(Struct, gc=False):
     lot: Lot
     record: Record
     matching: Matching
+    size: int  # of the event as JSON
+
+
+class _Round(Struct, gc=False):
+    """What a round has decoded so far. `avro_bytes`: the JSON that Avro records have become, which can be far more
+    than the records that a round is bounded by."""
+
+    routed: list[_Routed]
+    digests: list[bytes]
+    avro_bytes: int = 0
 
 
 class Router:
@@ -88,9 +101,11 @@ class Router:
         max_event_bytes: int,
         worker: str,
         max_unknown_bytes: int,
+        upcasters: Upcasters,
+        schema_registry: SchemaRegistry | None,
     ) -> None:
         """`vendors` and `topic_ids` (first 8 hex digits) by ingress topic; `max_unknown_bytes` bounds what waits for
-        the registry before others have to."""
+        the tenant registry, and what waits for the schema registry, before others have to."""
         self._consumer = consumer
         self._tenants = tenants
         self._lanes = lanes
@@ -101,16 +116,21 @@ class Router:
         self._topic_ids = topic_ids
         self._max_event_bytes = max_event_bytes
         self._worker = worker
+        self._decode = upcasters.decode if upcasters else decode_event  # without any, JSON pays nothing for them
         self._inbox: dict[tuple[str, int], deque[Lot]] = {}  # by partition; the first has its turn
         self._waiting = 0
         self._waiting_bytes = 0
         self._some = asyncio.Event()
         self._unknown: Unknowns[tuple[Lot, Record]] = Unknowns(tenants, self._asked, max_unknown_bytes)
+        self._schemas: Schemas[tuple[Lot, Record]] = Schemas(schema_registry, self._schema_told, max_unknown_bytes)
 
     @property
     def held_bytes(self) -> int:
-        """Of records that wait for the registry."""
-        return self._unknown.held_bytes
+        """Of records that wait for a registry."""
+        return self._unknown.held_bytes + self._schemas.held_bytes
+
+    async def close(self) -> None:
+        await self._schemas.close()
 
     # ---------------------------------------------------------------- in
 
@@ -155,6 +175,7 @@ class Router:
             await self._some.wait()
             await self._lanes.room.wait()
             await self._unknown.room()
+            await self._schemas.room()
             lots: list[Lot] = []
             count = size = 0
             while self._inbox and count < ROUND_RECORDS and size < ROUND_BYTES:
@@ -176,22 +197,37 @@ class Router:
     async def _asked(self, records: Sequence[tuple[Lot, Record]]) -> None:
         await self._round(records, asked=True)
 
+    async def _schema_told(self, records: Sequence[tuple[Lot, Record]], problem: Problem | None) -> None:
+        if problem is None:
+            await self._lanes.room.wait()
+            await self._round(records, asked=False)
+            return
+        for lot, record in records:
+            self._unrouted_avro(lot, record, problem)
+
     # ---------------------------------------------------------------- one round
 
     async def _round(self, records: Sequence[tuple[Lot, Record]], *, asked: bool) -> None:
-        routed: list[_Routed] = []
-        digests: list[bytes] = []
+        decoded = _Round([], [])
         for lot, record in records:
             try:
                 if record.headers:
                     lot, record = self._where_it_was(lot, record)
-                self._route(lot, record, routed, digests, asked)
+                self._route(lot, record, decoded, asked)
             except Exception as fault:  # the poison guard: whatever a record provokes, it is kept and the rest go on
                 log.error("poison", origin=f"{lot.origin}{record.offset}", fault=type(fault).__name__)
                 self._unrouted(lot, record, "malformed", f"could not be routed: {type(fault).__name__}")
-        if not routed:
-            return
-        names = base32_many(digests)
+            if decoded.avro_bytes > ROUND_BYTES:
+                await self._admit(decoded)
+                await self._lanes.room.wait()
+                decoded = _Round([], [])
+        if decoded.routed:
+            await self._admit(decoded)
+
+    async def _admit(self, decoded: _Round) -> None:
+        """From events to deliveries: asks the ledger about all of them at once, and gives each lane its own."""
+        routed = decoded.routed
+        names = base32_many(decoded.digests)
         event_keys: list[str] = []
         positions: list[str] = []
         delivery_keys: list[str] = []
@@ -247,29 +283,59 @@ class Router:
         )
         return alone, cast(Record, returned)
 
-    def _route(self, lot: Lot, record: Record, routed: list[_Routed], digests: list[bytes], asked: bool) -> None:
+    def _route(self, lot: Lot, record: Record, decoded: _Round, asked: bool) -> None:
         """Decodes and matches one record; or ends it as unrouted, dropped or to be asked about."""
         tenant = lot.tenants.get(record.key)  # type: ignore[arg-type]  # no tenant has the key None
         value = record.value
         if tenant is None or value is None or not tenant.routes_events:
             return self._not_routable(lot, record, tenant, asked)
-        event = decode_event(
+        event = self._decode(
             value, tenant.ref.tenant, lot.place, record.offset, record.timestamp, self._max_event_bytes
         )
+        size = len(value)
         if isinstance(event, Problem):
-            return self._unrouted(lot, record, event.code, event.detail)
+            if not value or value[0] != MAGIC:  # no JSON begins with it: so only here it is looked for Avro
+                return self._unrouted(lot, record, event.code, event.detail)
+            text = self._read_avro(lot, record, value)
+            if text is None:
+                return None
+            size = len(text)
+            decoded.avro_bytes += size
+            event = self._decode(
+                text, tenant.ref.tenant, lot.place, record.offset, record.timestamp, self._max_event_bytes
+            )
+            if isinstance(event, Problem):
+                return self._unrouted(lot, record, event.code, event.detail)
         matching = tenant.table.match(event)
         event_type = event.eventType.encode()
         idempotency = event.idempotencyKey.encode()
         ident = b"%b%d:%b%d:%b" % (tenant.prefix, len(event_type), event_type, len(idempotency), idempotency)
         hashed = blake2b(ident, digest_size=16)
+        digests = decoded.digests
         digests.append(hashed.digest())
         for match in matching.matched:
             of_delivery = hashed.copy()
             of_delivery.update(match.destination_part)
             digests.append(of_delivery.digest())
-        routed.append(_Routed(tenant, event, lot, record, matching))
+        decoded.routed.append(_Routed(tenant, event, lot, record, matching, size))
         return None
+
+    def _read_avro(self, lot: Lot, record: Record, value: bytes) -> bytes | None:
+        """The JSON of an Avro record; None for one that is unrouted, or waits for its schema."""
+        number = schema_id(value)
+        if number is None:
+            detail = "neither JSON nor Avro in the Confluent wire format: a zero byte, 4 bytes of schema id, the record"
+            self._unrouted(lot, record, "malformed", detail)
+            return None
+        found = self._schemas.find(number)
+        if found is None:
+            self._schemas.wait(number, (lot, record), len(value))
+            return None
+        read = found if isinstance(found, Problem) else found(value, self._max_event_bytes)
+        if isinstance(read, Problem):
+            self._unrouted_avro(lot, record, read)
+            return None
+        return read
 
     def _not_routable(self, lot: Lot, record: Record, tenant: CompiledTenant | None, asked: bool) -> None:
         """What has no tenant that its events can be routed for now, or nothing to be routed."""
@@ -327,7 +393,7 @@ class Router:
             lot.fan.expect(offset, count)
             shared = Shared()
         newest = tenant if tenant.successor is None else tenant.newest()  # it may have changed while Redis was asked
-        size = len(record.value or b"")
+        size = item.size
         for place, match in enumerate(matched):
             name = DeliveryId("dlv_" + names[place + 1])
             delivery = Delivery(
@@ -390,6 +456,9 @@ class Router:
         )
 
     # ---------------------------------------------------------------- what cannot be routed
+
+    def _unrouted_avro(self, lot: Lot, record: Record, problem: Problem) -> None:
+        self._unrouted(lot, record, problem.code, f"schema {schema_id(record.value or b'')}: {problem.detail}")
 
     def _unrouted(self, lot: Lot, record: Record, reason: str, detail: str) -> None:
         bump(self._metrics.events(lot.vendor, ""), "unrouted")

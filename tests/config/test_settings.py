@@ -246,6 +246,38 @@ def test_what_comes_later_is_refused_as_such(name: str) -> None:
     assert "arrives with a later release" in refused(**{name: "http://x"})
 
 
+# ---------------------------------------------------------------- the schema registry
+
+
+def test_a_schema_registry_has_an_address_and_both_or_neither_of_user_and_password() -> None:
+    assert load().schema_registry is None
+    found = load(
+        SCHEMA_REGISTRY_URL="HTTPS://registry/apis/ccompat/v7/",
+        SCHEMA_REGISTRY_USER="reader",
+        SCHEMA_REGISTRY_PASSWORD="canary-4e",
+    ).schema_registry
+    assert found is not None
+    assert (found.url, found.user) == ("HTTPS://registry/apis/ccompat/v7", "reader")
+    assert "canary-4e" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("url", "user", "password", "part"),
+    [
+        ("registry:8081", "", "", "SCHEMA_REGISTRY_URL: not the address of a server"),
+        ("https://registry?a=b", "", "", "without a query"),
+        ("https://reader:canary-4e@registry", "", "", "settings of their own"),
+        ("https://registry", "reader", "", "SCHEMA_REGISTRY_PASSWORD is not set"),
+        ("https://registry", "", "canary-4e", "SCHEMA_REGISTRY_USER is not set"),
+        ("", "reader", "canary-4e", "SCHEMA_REGISTRY_URL is not set"),
+    ],
+)
+def test_a_schema_registry_that_cannot_be_used_is_refused(url: str, user: str, password: str, part: str) -> None:
+    told = refused(SCHEMA_REGISTRY_URL=url, SCHEMA_REGISTRY_USER=user, SCHEMA_REGISTRY_PASSWORD=password)
+    assert part in told
+    assert "canary" not in told
+
+
 # ---------------------------------------------------------------- Kafka's security
 
 
@@ -367,6 +399,10 @@ def test_production_starts_on_links_that_are_safe() -> None:
         ({"KAFKA_SECURITY_PROTOCOL": ""}, "HEADGATE_KAFKA_SECURITY_PROTOCOL=PLAINTEXT: a plaintext link"),
         ({"REDIS_URL": ""}, "HEADGATE_REDIS_URL=redis://127.0.0.1:6379/0: a plaintext link"),
         ({"REDIS_URL": "redis://redis:6379/0"}, "HEADGATE_REDIS_URL=redis://redis:6379/0: a plaintext link"),
+        (
+            {"SCHEMA_REGISTRY_URL": "http://registry:8081"},
+            "'http://registry:8081': a plaintext link",
+        ),
         ({"REDIS_URL": "rediss://redis:6379/0?ssl_cert_reqs=none"}, "unverified"),
         ({"REDIS_URL": "rediss://redis:6379/0?ssl_cert_reqs=optional"}, "unverified"),
         ({"REDIS_URL": "rediss://redis:6379/0?ssl_check_hostname=false"}, "unverified"),

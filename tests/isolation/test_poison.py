@@ -19,6 +19,7 @@ from msgspec import Struct
 from schemas.ids import DEFAULT_VENDOR
 from schemas.wire import MAX_HEADERS_BYTES, STUB_BYTES
 from tests.deployment import Deployment, Read, event, eventually
+from tests.schema_registry import FarRegistry
 
 pytestmark = pytest.mark.broker
 
@@ -40,6 +41,24 @@ def _event(payload: bytes = b"{}", more: bytes = b"") -> bytes:
     return b'{"eventType": "invoice.paid", "payload": ' + payload + more + b"}"
 
 
+def _schema(payload: Any) -> dict[str, Any]:
+    fields = [{"name": "eventType", "type": "string"}, {"name": "payload", "type": payload}]
+    return {"type": "record", "name": "Event", "fields": fields}
+
+
+def _avro(number: int, raw: bytes) -> bytes:
+    """Of type `t`; `raw` is the payload."""
+    return b"\x00" + number.to_bytes(4, "big") + b"\x02t" + raw
+
+
+NODE: Final = {"type": "record", "name": "Node", "fields": [{"name": "next", "type": ["null", "Node"]}]}
+SCHEMAS: Final = [
+    _schema({"type": "map", "values": "double"}),
+    _schema(NODE),
+    _schema({"type": "array", "items": "null"}),
+    '{"type": "record", "name": "Event", "fields": [',
+    '{"type":"array","items":' * 10_000 + '"int"' + "}" * 10_000,
+]
 BIG: Final = _event(b'"' + b"x" * (5 * MIB) + b'"')
 POISON: Final = [
     Poison("no JSON", "malformed", b"not json"),
@@ -82,6 +101,15 @@ POISON: Final = [
     Poison("another case", "unknown_tenant", _event(), b"ACME"),
     Poison("another tenant in the value", "key_mismatch", _event(b"{}", b', "customerExternalId": "acme2"')),
     Poison("over the limit", "too_large", _event(b'"' + b"x" * MIB + b'"')),
+    Poison("an unknown schema", "unknown_schema", _avro(99, b"\x00")),
+    Poison("Avro, cut off", "malformed", _avro(1, b"\x02")),
+    Poison("Avro, and more", "malformed", _avro(1, b"\x00\x00")),
+    Poison("Avro, a map of 2^62", "malformed", _avro(1, b"\x80" * 8 + b"\x80\x01")),
+    Poison("Avro, NaN", "malformed", _avro(1, b"\x02\x02a" + b"\x00" * 6 + b"\xf8\x7f" + b"\x00")),
+    Poison("Avro, a chain of a million", "malformed", _avro(2, b"\x02" * (MIB - 1000) + b"\x00")),
+    Poison("Avro, 2^62 nulls", "too_large", _avro(3, b"\x80" * 8 + b"\x80\x01")),
+    Poison("Avro, a schema that is none", "malformed", _avro(4, b"\x00")),
+    Poison("Avro, a deep schema", "malformed", _avro(5, b"\x00")),
     Poison("junk headers", "malformed", b"{", headers=[(f"junk-{n}", b"j" * 200) for n in range(300)]),
     Poison("headers like ours", "malformed", b"{", headers=[("hg-error", b"ok"), ("hg-tenant", b"acme2"), ("x", None)]),
     Poison("strange header names", "malformed", b"{", headers=[("", b"1"), ("\x00", b"2"), ("é\n", b"\xff")]),
@@ -133,7 +161,14 @@ async def _unrouted(deployment: Deployment, count: int) -> dict[str, Read]:
 
 async def test_all_poison_is_unrouted_and_all_good_events_arrive(deployment: Deployment) -> None:
     await deployment.apply({"tenants": [deployment.tenant("acme"), deployment.tenant("acme2")]})
-    worker = await deployment.worker()
+    async with FarRegistry() as far:
+        for schema in SCHEMAS:
+            far.register(schema)
+        await _among_good_events(deployment, far)
+
+
+async def _among_good_events(deployment: Deployment, far: FarRegistry) -> None:
+    worker = await deployment.worker(SCHEMA_REGISTRY_URL=far.url)
     await asyncio.to_thread(_raise_limit, deployment, 8 * MIB)
     pace = GOOD // 10
     good = [(t, event(f"{t}-{n}")) for n in range(GOOD // 2) for t in ("acme", "acme2")]
