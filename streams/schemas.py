@@ -30,7 +30,7 @@ DEADLINE_S: Final = 5.0
 QUESTIONS_AT_A_TIME: Final = 4
 AGAIN_S: Final = 1.0
 PATIENCE_S: Final = 30.0
-ABSENT_FOR_S: Final = 10.0  # an id that the registry does not have is asked for again after that time
+ABSENT_FOR_S: Final = 10.0  # what the registry has no Avro schema for is asked for again after that time
 MAX_ABSENT: Final = 1000
 MAX_ANSWER_BYTES: Final = 4 * MAX_SCHEMA_BYTES  # a schema is a JSON text inside of one
 MAX_KEPT_BYTES: Final = 16 * 2**20  # of schemas as text
@@ -173,7 +173,7 @@ class Schemas(Generic[T]):
         self._max_bytes = max_bytes
         self._known: OrderedDict[int, tuple[Envelope | Problem, int]] = OrderedDict()
         self._kept_bytes = 0
-        self._absent: OrderedDict[int, float] = OrderedDict()
+        self._absent: OrderedDict[int, tuple[float, Problem]] = OrderedDict()
         self._waiting: dict[int, list[_Waiting[T]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._slots = asyncio.Semaphore(QUESTIONS_AT_A_TIME)
@@ -194,8 +194,9 @@ class Schemas(Generic[T]):
         if known is not None:
             self._known.move_to_end(number)
             return known[0]
-        if self._absent.get(number, 0.0) > time.monotonic():
-            return Problem("unknown_schema", "the schema registry does not have it")
+        absent = self._absent.get(number)
+        if absent is not None and absent[0] > time.monotonic():
+            return absent[1]
         if self._away and self.held_bytes > self._max_bytes:
             return Problem("schema_unavailable", "the schema registry is away, and too much waits for it already")
         return None
@@ -254,7 +255,7 @@ class Schemas(Generic[T]):
     def _keep(self, number: int, answer: str | Problem) -> Problem | None:
         """Keeps what is so for good, and what is not for a while; what that means for who asked."""
         if isinstance(answer, Problem) and answer.code == "unknown_schema":
-            self._absent[number] = time.monotonic() + ABSENT_FOR_S
+            self._absent[number] = (time.monotonic() + ABSENT_FOR_S, answer)
             if len(self._absent) > MAX_ABSENT:
                 self._absent.popitem(last=False)
             return answer

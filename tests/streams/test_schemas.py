@@ -44,6 +44,13 @@ class Waiter:
                 self._some.clear()
                 await self._some.wait()
 
+    async def learn(self, number: int) -> None:
+        """On a slow machine one wait may not do."""
+        while not callable(self.schemas.find(number)):
+            count = len(self.told)
+            self.schemas.wait(number, "learn", 10)
+            await self.until(lambda count=count: len(self.told) > count)  # type: ignore[misc]
+
 
 @asynccontextmanager
 async def waiting(far: FarRegistry, patience_s: float = 30.0, **more: int) -> AsyncIterator[Waiter]:
@@ -108,23 +115,21 @@ async def test_a_registry_that_does_not_answer_as_one_is_asked_again_until_it_do
 async def test_what_is_not_told_in_time_is_unavailable_and_others_are_told_meanwhile(mode: Mode) -> None:
     async with FarRegistry() as far, waiting(far, patience_s=0.3) as waiter:
         known, unknown = far.register(EVENT), far.register(EVENT)
-        waiter.schemas.wait(known, "first", 10)
-        await waiter.until(lambda: len(waiter.told) == 1)
+        await waiter.learn(known)
+        waiter.told.clear()
         if mode == "away":
             await far.go()
         else:
             far.mode = mode
         waiter.schemas.wait(unknown, "a", 10)
         assert callable(waiter.schemas.find(known))
-        await waiter.until(lambda: len(waiter.told) == 2)
-        assert waiter.told[1] == ("a", "schema_unavailable")
+        await waiter.until(lambda: bool(waiter.told))
+        assert waiter.told == [("a", "schema_unavailable")]
         assert waiter.schemas.find(unknown) is None  # the next one asks anew
         if mode == "away":
             await far.come()
         far.mode = "up"
-        waiter.schemas.wait(unknown, "b", 10)
-        await waiter.until(lambda: len(waiter.told) == 3)
-        assert waiter.told[2] == ("b", "")
+        await waiter.learn(unknown)
         assert waiter.schemas.held_bytes == 0
 
 
@@ -171,13 +176,10 @@ async def test_schemas_that_cannot_be_read_by_are_told_why() -> None:
             waiter.schemas.wait(number, str(number), 10)
         await waiter.until(lambda: len(waiter.told) == 6)
         found = [waiter.schemas.find(number) for number in range(1, 7)]
+        assert isinstance(found[2], Problem)
+        assert "register it whole" in found[2].detail
         codes = [one.code if isinstance(one, Problem) else one and "read" for one in found]
         assert codes == ["malformed", "unknown_schema", "unknown_schema", "malformed", "malformed", "read"]
-    async with FarRegistry() as far:
-        far.register(EVENT, references=[{"name": "Money", "subject": "money", "version": 1}])
-        told = await asked_for(far, 1)
-        assert isinstance(told, Problem)
-        assert "register it whole" in told.detail
 
 
 async def test_an_endless_answer_is_cut_off() -> None:
