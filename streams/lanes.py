@@ -38,6 +38,8 @@ log = structlog.get_logger()
 
 TICK_S: Final = 0.1
 QUEUE_AGE_S: Final = 5.0  # nothing waits longer in a lane (rule 5)
+# A process that did not run for so long may have lost its session (10 s after its last heartbeat, one each 3 s)
+STOPPED_S: Final = 5.0
 QUEUE_BOUND: Final = 4096
 # In lanes that keep up a second's worth of this worker's work may wait: beyond, the worker itself is the bottleneck and
 # fetches less. By its own pace, so that one that gets little CPU does not park what it could not start in 5 s; and no
@@ -344,6 +346,8 @@ class Lanes:
             return
         ring, share = self._ring, self._share
         now = time.monotonic()
+        if now - self._ticked > STOPPED_S:
+            self._stopped(now)
         at_ms = int(time.time() * 1000)
         while ring and share.has_room():
             lane = ring.popleft()
@@ -452,8 +456,21 @@ class Lanes:
 
     # ---------------------------------------------------------------- the tick
 
+    def _stopped(self, now: float) -> None:
+        """This process did not run for a while, and others may have got its partitions and sent what waits here.
+
+        So it parks: when it is due the ledger is asked whether it is still to be sent.
+        """
+        self._ticked = now
+        log.warning("worker_stood_still", queued=self.queued)
+        for lane in list(self._waiting):
+            for flight in self._take_all(lane):
+                self._settle.park(flight, "stalled")
+
     def _tick(self) -> None:
         now = time.monotonic()
+        if now - self._ticked > STOPPED_S:
+            self._stopped(now)
         pace = self._ended_since / max(now - self._ticked, TICK_S / 2)
         self._ended_since = 0
         self._pace += PACE_WEIGHT * (pace - self._pace)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import streams.lanes
 import streams.outbox
 from config.settings import Settings
 from schemas.ids import DestinationId
@@ -73,8 +74,13 @@ def crosses_tenants() -> None:
     CompiledTenant.lane = anybodys  # type: ignore[method-assign]
 
 
+def sends_what_is_old() -> None:
+    """What waited while the process stood still is sent, whoever has its partitions by now."""
+    streams.lanes.STOPPED_S = float("inf")  # type: ignore[misc]
+
+
 WAYS: Final[dict[str, Callable[[], None]]] = {
-    way.__name__: way for way in (acknowledges_early, gives_up, needs_redis, crosses_tenants)
+    way.__name__: way for way in (acknowledges_early, gives_up, needs_redis, crosses_tenants, sends_what_is_old)
 }
 
 

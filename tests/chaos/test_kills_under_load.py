@@ -8,8 +8,9 @@ import sys
 import pytest
 from msgspec import Struct
 
-from dev.inbox import Hang, Ok, Received
+from dev.inbox import Hang, Ok, Received, Slow
 from dev.stack import Stack
+from schemas.ids import Vendor
 from tests.chaos.load import POOLED, TAG, Load, all_ended
 from tests.deployment import Deployment, event, eventually, free_port
 
@@ -160,8 +161,12 @@ async def test_control_the_same_restart_by_sigkill_sends_some_twice(stack: Stack
 
 
 @pytest.mark.parametrize("size", [pytest.param(Size(1, 1000), id="small"), full(20, 100_000)])
-async def test_workers_that_join_leave_and_stall_lose_nothing(stack: Stack, size: Size):
-    """The second one has no stable name: it leaves when it ends. In the full size it also hangs, and is killed."""
+async def test_workers_that_join_leave_and_stall_lose_nothing_and_repeat_little(stack: Stack, size: Size):
+    """The second one has no stable name: it leaves when it ends. In the full size it also hangs, and is killed.
+
+    The controls are the two tests that follow: of what waits in one that stalls, and of what was sent and is not
+    committed where one is killed (`…_comes_again_only_without_the_ledger`, above).
+    """
     async with Deployment.on(stack, **POOLED) as deployment:
         await deployment.apply({"tenants": [deployment.tenant(one) for one in TENANTS]})
         await deployment.worker()
@@ -187,3 +192,60 @@ async def test_workers_that_join_leave_and_stall_lose_nothing(stack: Stack, size
         assert census.lost == set()
         assert census.twice <= 0.05 * census.published
         assert census.renamed == set()
+
+
+class Zombie(Struct, frozen=True):
+    """What became of 60 events: one in flight and 49 waiting in a worker when it was stopped, ten that came after.
+
+    `committed`: whether ingress was committed no less and no further afterwards.
+    """
+
+    accepted: int
+    twice: int
+    parked: float
+    committed: bool
+
+
+async def stopped_for_longer_than_its_session(stack: Stack, way: str) -> Zombie:
+    """A worker is stopped (SIGSTOP), another one takes its partitions and delivers, and it goes on (SIGCONT)."""
+    async with Deployment.on(stack, **POOLED) as deployment:
+        await deployment.apply({"tenants": [deployment.tenant("t", limits={"in_flight": 1})]})
+        deployment.inbox.script("/t", Slow(3))  # answered while the worker stands still
+        command = (sys.executable, "-m", "tests.chaos.sabotaged_worker", way) if way else ()
+        first = await deployment.launch("w0", command=command).ready()
+        await deployment.publish([("t", event(f"e{n}")) for n in range(50)])
+        await eventually(lambda: first.metric("headgate_lane_depth") == 49, "one is in flight, the others wait")
+        first.signal(signal.SIGSTOP)
+        deployment.inbox.script("/t", Ok())
+        await deployment.worker("w1")
+        await deployment.publish([("t", event(f"later{n}")) for n in range(10)])
+        await deployment.inbox.wait_for("/t", 60, 60)
+        await deployment.all_committed()
+        topic = deployment.settings.topics.ingress(Vendor("default"))
+        committed = deployment.committed("route", topic)
+        first.signal(signal.SIGCONT)
+        await eventually(
+            lambda: first.metric("headgate_in_flight") + first.metric("headgate_lane_depth") == 0, "its work is over"
+        )
+        await eventually(
+            lambda: first.get("/metrics")[1].count("headgate_consumer_lag{") == 2, "it has half of the partitions"
+        )
+        await all_ended(deployment)
+        stats = deployment.inbox.stats().paths["/t"]
+        return Zombie(
+            stats.accepted,
+            stats.duplicates,
+            first.metric("headgate_parked_total", reason="stalled"),
+            deployment.committed("route", topic) == committed,
+        )
+
+
+async def test_a_worker_that_stood_still_sends_nothing_of_what_others_have_sent_meanwhile(stack: Stack):
+    """But for the one in flight, which nobody can know of. The control sends what waited in its lane."""
+    real, control = await asyncio.gather(
+        stopped_for_longer_than_its_session(stack, ""), stopped_for_longer_than_its_session(stack, "sends_what_is_old")
+    )
+    print(real, control)
+    assert real == Zombie(accepted=60, twice=1, parked=49, committed=True)
+    assert (control.accepted, control.parked, control.committed) == (60, 0, True)
+    assert control.twice > real.twice
