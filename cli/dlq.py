@@ -37,7 +37,7 @@ from config.vault import Unsealable
 from schemas.attempt import PURPOSE_DELIVERY
 from schemas.dead_letter import Letter, letter_id, matches, read_letter_id, read_mark, readable, text_of
 from schemas.ids import ExternalId, TenantRef, Vendor
-from streams.replay import headers_of, letter_of, messages
+from streams.replay import headers_of, is_unread, letter_of, messages
 
 DEFAULT_LIMIT: Final = 100
 
@@ -92,9 +92,10 @@ def list_letters(which: Which, limit: int, with_marked: bool, output: str) -> No
         if mark is not None and mark.partition == message.partition():
             marks[letter_id(mark.partition, mark.offset)] = mark.kind
     newest: list[tuple[int, int, Letter]] = []
-    matched = 0
+    matched = unread = 0
     for message in messages(settings, topic, chosen.since_ms):
         letter = letter_of(message, which.owner)
+        unread += letter is None and is_unread(message, which.owner)
         at_ms = message.timestamp()[1]
         if letter is None or not matches(letter, chosen, at_ms):
             continue
@@ -114,6 +115,8 @@ def list_letters(which: Which, limit: int, with_marked: bool, output: str) -> No
         _table(letters, which.owner is None, with_marked)
     if matched > len(letters):
         say(f"the newest {len(letters)} of {matched} (--limit)")
+    if unread:
+        say(f"left out: {unread} of a form that this version of headgate does not read; use the one that wrote them")
 
 
 @group.command("show")
@@ -137,6 +140,11 @@ def show(letter: tuple[int, int], tenant: ExternalId | None, vendor: Vendor, unr
     message = _message_at(settings, topic, partition, offset)
     headers = {} if message is None else headers_of(message)
     found = None if message is None else letter_of(message, owner)
+    if message is not None and is_unread(message, owner):
+        raise click.ClickException(
+            f"letter {partition}/{offset} has a form (version {text_of(headers, 'hg-v')}) that this version of "
+            "headgate does not read; use the one that wrote it"
+        )
     if message is None or found is None:
         whose = f"of tenant {owner.tenant!r} " if owner is not None else ""
         raise click.ClickException(f"there is no letter {partition}/{offset} {whose}in {topic}")

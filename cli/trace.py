@@ -50,7 +50,7 @@ from schemas.attempt import (
 from schemas.event import rfc3339
 from schemas.ids import DeliveryId, ExternalId, Tag, TenantRef, Vendor, attempt_digest, base32
 from schemas.topics import FEW, partition_of
-from schemas.wire import Parked, read_parked
+from schemas.wire import Parked, read_parked, unread_of
 
 MAX_EVENTS: Final = 100
 MAX_ATTEMPTS: Final = 2000
@@ -174,6 +174,7 @@ class _Found:
         self.events: dict[str, EventRecord] = {}
         self.attempts: deque[AttemptRecord] = deque(maxlen=MAX_ATTEMPTS)
         self.omitted = 0
+        self.unread = 0
         self.log_since_ms = 0
 
     def retry(self, message: Message, committed: Mapping[int, int]) -> None:
@@ -239,6 +240,7 @@ class _Found:
 
     def _parked(self, message: Message) -> Parked | None:
         parked = read_parked(message.headers() or [])
+        self.unread += parked is None and unread_of(message.headers() or []) == self._owner
         if parked is None or parked.tenant != self._owner or self._wanted not in (parked.event, parked.delivery):
             return None
         return parked
@@ -290,6 +292,11 @@ def command(event_id: str, tenant: ExternalId, vendor: Vendor, since: int | None
         _show(trace)
     if found.omitted:
         say(f"left out: {counted(found.omitted, 'older record')} of it; --since, or a delivery's id, narrows it down")
+    if found.unread:
+        say(
+            f"left out: {counted(found.unread, 'record')} of the tenant, of whichever event, in a form that this version "
+            "of headgate does not read; use the one that wrote them"
+        )
     if not events and not unrouted:
         raise click.ClickException(_nothing(settings, owner, current, trace))
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from schemas.event import rfc3339
 from schemas.ids import TenantRef, base32, digest, parts
-from schemas.wire import RECORD_VERSION, Headers, read_parked
+from schemas.wire import Headers, read_parked, version_header
 
 MarkKind: TypeAlias = Literal["replayed", "dropped"]
 
@@ -75,7 +75,7 @@ def read_letter_id(text: str) -> tuple[int, int] | None:
 
 def mark_headers(mark: Mark) -> Headers:
     return [
-        ("hg-v", RECORD_VERSION),
+        version_header(),
         (MARK, mark.kind.encode()),
         ("hg-letter", letter_id(mark.partition, mark.offset).encode()),
         ("hg-replay", mark.job.encode()),

@@ -4,16 +4,16 @@ Owns their spelling on the wire and their size limits. Sealing itself is the vau
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from schemas.ids import DeliveryId, DestinationId, EventId, ExternalId, TenantRef, Vendor, parts
 
 Headers: TypeAlias = list[tuple[str, bytes]]
 
-RECORD_VERSION: Final = b"1"
 SEALED_FORMAT: Final = 1
 NONCE_BYTES: Final = 12
 SEALED_OVERHEAD_BYTES: Final = 1 + 4 + NONCE_BYTES + 16
@@ -49,7 +49,11 @@ def unpack_sealed(value: bytes) -> Sealed | None:
 
 
 class Parked(Struct, frozen=True, gc=False):
-    """What the headers of a retry or dead-letter record say of the delivery inside."""
+    """What the headers of a retry or dead-letter record say of the delivery inside.
+
+    `version` is that of the record it was read from: a record that takes over its sealed value is written in it again.
+    None: the value is sealed anew, and so of the version that this release writes.
+    """
 
     tenant: TenantRef
     destination: DestinationId
@@ -66,6 +70,7 @@ class Parked(Struct, frozen=True, gc=False):
     detail: str
     first_failed_ms: int
     replay: str
+    version: int | None = None
 
 
 def clip(text: str, max_bytes: int = MAX_DETAIL_BYTES) -> bytes:
@@ -74,10 +79,19 @@ def clip(text: str, max_bytes: int = MAX_DETAIL_BYTES) -> bytes:
     return raw if len(raw) <= max_bytes else raw[:max_bytes].decode("utf-8", "ignore").encode()
 
 
-def parked_headers(parked: Parked) -> Headers:
+class Form(Struct, frozen=True):
+    """One version of retry and dead-letter records: its headers, but for `hg-v`.
+
+    `read` raises KeyError or ValueError if a header is missing, or is no number where one is due.
+    """
+
+    write: Callable[[Parked], Headers]
+    read: Callable[[Mapping[str, str]], Parked]
+
+
+def _write_1(parked: Parked) -> Headers:
     tenant = parked.tenant
     headers = [
-        ("hg-v", RECORD_VERSION),
         ("hg-vendor", tenant.vendor.encode()),
         ("hg-tenant", tenant.tenant.encode()),
         ("hg-destination", parked.destination.encode()),
@@ -100,6 +114,43 @@ def parked_headers(parked: Parked) -> Headers:
     return headers
 
 
+def _read_1(text: Mapping[str, str]) -> Parked:
+    return Parked(
+        tenant=TenantRef(Vendor(text["hg-vendor"]), ExternalId(text["hg-tenant"])),
+        destination=DestinationId(text["hg-destination"]),
+        delivery=DeliveryId(text["hg-delivery"]),
+        event=EventId(text["hg-event"]),
+        event_type=text["hg-type"],
+        attempt=_count(text["hg-attempt"]),
+        hop=_count(text["hg-hop"]),
+        parks=_count(text["hg-parks"]),
+        not_before_ms=_count(text["hg-not-before"]),
+        origin=text["hg-origin"],
+        error=text["hg-error"],
+        fault=text["hg-fault"],
+        detail=text.get("hg-detail", ""),
+        first_failed_ms=_count(text["hg-first-failed"]),
+        replay=text.get("hg-replay", ""),
+    )
+
+
+# The versions that this release reads, and the one that it writes (ADR 0016). What raises the version: a header that an
+# earlier release would misread or miss, another sealed form, an event inside that it could not deliver rightly.
+# Every version keeps whose a record is (vendor, tenant, destination, delivery, event) and when it is due
+# (`hg-not-before`); marks and unrouted records keep all that they say.
+FORMS: Final = {1: Form(_write_1, _read_1)}
+WRITTEN: Final = 1
+
+
+def version_header() -> tuple[str, bytes]:
+    return "hg-v", b"%d" % WRITTEN
+
+
+def parked_headers(parked: Parked) -> Headers:
+    version = parked.version or WRITTEN
+    return [("hg-v", b"%d" % version), *FORMS[version].write(parked)]
+
+
 def _count(text: str) -> int:
     """Raises ValueError: what is no count, or larger than any of ours, is not of our writing."""
     number = int(text)
@@ -109,31 +160,29 @@ def _count(text: str) -> int:
 
 
 def read_parked(headers: Iterable[tuple[str, bytes | None]]) -> Parked | None:
-    """The inverse of `parked_headers`; None if a header is missing or is no number where one is due."""
+    """The inverse of `parked_headers`; None for what it never wrote, and for a version that this release does not read:
+    `unread_of` tells them apart."""
     got = {name: value for name, value in headers if value is not None and name.startswith("hg-")}
     try:
-        if got["hg-v"] != RECORD_VERSION:
+        version = _count(got["hg-v"].decode())
+        form = FORMS.get(version)
+        if form is None:
             return None
-        text = {name: value.decode() for name, value in got.items()}
-        return Parked(
-            tenant=TenantRef(Vendor(text["hg-vendor"]), ExternalId(text["hg-tenant"])),
-            destination=DestinationId(text["hg-destination"]),
-            delivery=DeliveryId(text["hg-delivery"]),
-            event=EventId(text["hg-event"]),
-            event_type=text["hg-type"],
-            attempt=_count(text["hg-attempt"]),
-            hop=_count(text["hg-hop"]),
-            parks=_count(text["hg-parks"]),
-            not_before_ms=_count(text["hg-not-before"]),
-            origin=text["hg-origin"],
-            error=text["hg-error"],
-            fault=text["hg-fault"],
-            detail=text.get("hg-detail", ""),
-            first_failed_ms=_count(text["hg-first-failed"]),
-            replay=text.get("hg-replay", ""),
-        )
+        parked = form.read({name: value.decode() for name, value in got.items()})
     except (KeyError, ValueError):
         return None
+    return replace(parked, version=version)
+
+
+def unread_of(headers: Iterable[tuple[str, bytes | None]]) -> TenantRef | None:
+    """Whose a record is that another release wrote, in a version that this one does not read; None if it is none."""
+    got = {name: value for name, value in headers if value is not None}
+    try:
+        version = _count(got["hg-v"].decode())
+        tenant = TenantRef(Vendor(got["hg-vendor"].decode()), ExternalId(got["hg-tenant"].decode()))
+    except (KeyError, ValueError):
+        return None
+    return tenant if version > 0 and version not in FORMS else None
 
 
 def _size(headers: Iterable[tuple[str, bytes | None]]) -> int:
@@ -148,7 +197,7 @@ def unrouted_headers(
     Names that start with `hg-` are ours: a producer's own ones are dropped and counted too.
     """
     ours: list[tuple[str, bytes | None]] = [
-        ("hg-v", RECORD_VERSION),
+        version_header(),
         ("hg-vendor", vendor.encode()),
         ("hg-origin", origin.encode()),
         ("hg-error", reason.encode()),

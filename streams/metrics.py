@@ -99,6 +99,7 @@ class Metrics:
         self._averages: dict[tuple[TenantRef, str], tuple[str, Average]] = {}
         self.lateness = Histogram(LATENESS_S)
         self.ledger_errors = 0
+        self.unread_records = 0
         self.egress_blocked = 0
         self.gauges: dict[str, Callable[[], float]] = {}
         self.lag: Callable[[], Iterable[tuple[str, int, float, float]]] = lambda: ()
@@ -221,6 +222,11 @@ class Scrape(Collector):
         )
         yield CounterMetricFamily(
             "headgate_egress_blocked", "Dials that the guard refused.", value=metrics.egress_blocked
+        )
+        yield CounterMetricFamily(
+            "headgate_unread_records",
+            "Retry records of a version that this worker does not read, written again for one that does.",
+            value=metrics.unread_records,
         )
         info = GaugeMetricFamily("headgate_build_info", "1; the version as a label.", labels=["version"])
         info.add_metric([metrics.version], 1)

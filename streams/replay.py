@@ -40,7 +40,7 @@ from schemas.dead_letter import (
 )
 from schemas.ids import DeliveryId, DestinationId, Tag, TenantRef, Vendor, attempt_digest, base32
 from schemas.topics import RECORD_SLACK_BYTES, delivery_key, record_bytes
-from schemas.wire import parked_headers, read_origin, read_parked, returned_headers
+from schemas.wire import parked_headers, read_origin, read_parked, returned_headers, unread_of
 
 MOST_OPEN: Final = 500
 MOST_OPEN_BYTES: Final = 16 * 2**20
@@ -58,6 +58,7 @@ SHREDDED: Final = "its key was shredded"
 SEALED: Final = "it does not open with this tenant's keys"
 NOT_FROM_INGRESS: Final = "it did not come from ingress"
 TOO_LARGE: Final = "it is larger than ingress takes"
+UNREAD: Final = "another version of headgate wrote it, in a form that this one does not read; use that one"
 EXPIRED: Final = "it was deleted by its topic's retention meanwhile"
 
 Headers = Sequence[tuple[str, bytes | None]]
@@ -106,6 +107,12 @@ def letter_of(message: Message, owner: TenantRef | None) -> Letter | None:
     if owner is None:
         return unrouted_letter(partition, offset, at_ms, size, message.key(), headers)
     return tenant_letter(owner, partition, offset, at_ms, size, headers.items())
+
+
+def is_unread(message: Message, owner: TenantRef | None) -> bool:
+    """Whether it is a letter of the owner's that another release wrote, in a form that this one does not read."""
+    headers = headers_of(message)
+    return owner is not None and MARK not in headers and unread_of(headers.items()) == owner
 
 
 def _place(message: Message) -> tuple[int, int]:
@@ -237,6 +244,9 @@ def survey(
             continue
         letter = letter_of(message, owner)
         if letter is None:
+            if is_unread(message, owner):  # which destination and code it has is not known: it counts as chosen
+                found.matched += 1
+                objected.append((partition, offset, UNREAD))
             continue
         if letter.replay:
             found.ended.add(letter.replay)

@@ -20,7 +20,7 @@ from schemas.delivery import Delivery
 from schemas.event import correlation_id, from_canonical
 from schemas.ids import TenantRef, Vendor
 from schemas.topics import Topics
-from schemas.wire import parked_headers, read_parked
+from schemas.wire import parked_headers, read_parked, unread_of
 from streams.compiled import Tenants, Unknowns
 from streams.flight import Flight
 from streams.lanes import Lanes
@@ -31,6 +31,9 @@ from streams.pump import Due
 from streams.settle import Settle, nothing
 
 log = structlog.get_logger()
+
+LONGEST_WAIT_MS: Final = 300_000  # of a record that this release does not read, between two looks at it
+SAY_EVERY_S: Final = 10.0
 
 STALE: Final = ord("s")
 DONE: Final = ord("d")
@@ -59,6 +62,7 @@ class Retries:
         self._topics = topics
         self._tiers_ms = tuple(int(tier * 1000) for tier in tiers_s)
         self._unknown: Unknowns[Due] = Unknowns(tenants, self._asked, max_unknown_bytes)
+        self._said_unread_at = float("-inf")
 
     @property
     def held_bytes(self) -> int:
@@ -111,7 +115,7 @@ class Retries:
         value = due.record.value
         parked = read_parked(due.record.headers)
         if parked is None or value is None:
-            self._unrouted(due, "malformed", "not a record of ours: a header is missing or wrong")
+            self._not_ours(due)
             return None
         tenant = self._tenants.get(parked.tenant)
         lane = tenant.lane(parked.destination) if tenant is not None else None
@@ -158,6 +162,28 @@ class Retries:
         lane = lane or tenant.grave(parked.destination)
         return Flight(delivery, lane, due.source, due.offset, key, tenant.space + key, len(value))
 
+    def _not_ours(self, due: Due) -> None:
+        """What cannot be read. Of another release: written again as it is, for a worker that reads it (ADR 0016).
+
+        Nothing of such a record is judged here, so that it can neither be lost nor end. It is looked at again after as
+        long as it is late already, so the last one that reads it may be gone for days, at 12 writes an hour.
+        """
+        record = due.record
+        tenant = unread_of(record.headers)
+        if tenant is None:
+            self._unrouted(due, "malformed", "not a record of ours: a header is missing or wrong")
+            return
+        late_ms = int(time.time() * 1000) - due.due_ms
+        tier = tier_for(-late_ms if late_ms < 0 else min(late_ms, LONGEST_WAIT_MS), self._tiers_ms)
+        letter = Letter(record.topic, record.key, record.value, record.headers, nothing, tier)
+        self._settle.relay(letter, due.source, due.offset, partial(self._is_alive, tenant))
+        self._metrics.unread_records += 1
+        now = time.monotonic()
+        if now - self._said_unread_at > SAY_EVERY_S:
+            self._said_unread_at = now
+            written = dict(record.headers)["hg-v"].decode()
+            log.warning("unread_record", topic=record.topic, version=written, all=self._metrics.unread_records)
+
     def _unrouted(self, due: Due, reason: str, detail: str) -> None:
         record = due.record
         vendor = Vendor(record.topic.removeprefix(self._topics.prefix + ".").partition(".")[0])
@@ -181,7 +207,7 @@ class Retries:
         for due in records:
             parked = read_parked(due.record.headers)
             if parked is None or due.record.value is None:
-                self._unrouted(due, "malformed", "not a record of ours: a header is missing or wrong")
+                self._not_ours(due)
                 continue
             headers = parked_headers(replace(parked, hop=parked.hop + 1))
             tier = tier_for(parked.not_before_ms - now_ms, self._tiers_ms)

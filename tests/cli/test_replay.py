@@ -287,6 +287,27 @@ def test_a_drop_killed_at_any_step_goes_on_when_it_is_run_again_and_marks_nobody
     assert retries(shell) == []
 
 
+def test_letters_of_another_release_are_left_to_its_commands_and_told(shell: Shell) -> None:
+    """Of this tenant alone: what a neighbour in the pool has is neither counted nor named."""
+    letters = Letters(shell)
+    letters.write("acme", 1)
+    headers = [(name, value) for name, value in dead(shell)[0].headers() or [] if name != "hg-v"]
+    theirs = letters.send("pool-00", b"sealed", [("hg-v", b"2"), *headers])  # type: ignore[list-item]
+    listing = shell.run("dlq", "list", *ACME)
+    assert "left out: 1 of a form that this version of headgate does not read" in listing.stderr
+    assert "left out" not in shell.run("dlq", "list", "--tenant", "acme2").stderr
+    shown = shell.run("dlq", "show", theirs, *ACME)
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert f"letter {theirs} has a form (version 2) that this version of headgate does not read" in shown.stderr
+    assert f"there is no letter {theirs}" in shell.run("dlq", "show", theirs, "--tenant", "acme2").stderr
+    assert "left out: 1 record of the tenant" in shell.run("trace", "evt_1", *ACME).stderr
+    assert replayed(shell, *ACME) == (2, 1, 1)
+    assert replayed(shell, *ACME, "--force") == (2, 1, 1)
+    assert done(shell, "drop", *ACME) == {"matched": 2, "dropped": 0, "skipped": 2}
+    assert replayed(shell, "--tenant", "acme2") == (0, 0, 0)
+    assert sent(shell) == ["evt_1", "evt_1"]
+
+
 def test_unrouted_records_go_back_to_ingress_but_for_those_that_cannot(shell: Shell) -> None:
     letters = Letters(shell)
     topic = shell.settings.topics.ingress(DEFAULT_VENDOR)
