@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench import headgate, measures, report
+from bench import headgate, measures, report, scaling
 from bench import rig as bench
 from bench.measures import Figure
 from bench.rig import BenchError, Rig
@@ -129,6 +129,13 @@ def apply(run: Run) -> None:
 def start(run: Run) -> None:
     """Time from start to ready."""
     run.measure(lambda rig: measures.starting(rig, run.rounds, say))
+
+
+@main.command("scaling")
+@click.pass_obj
+def scaling_out_and_in(run: Run) -> None:
+    """How long deliveries pause, and what comes twice, when a worker joins, leaves or restarts."""
+    run.measure(lambda rig: scaling.measure(rig, run.rounds, say))
 
 
 @main.command()

@@ -1,5 +1,6 @@
 """The events of the benchmarks: 1 KB of JSON each, 50 tenants in turn, and a producer that puts them into a topic."""
 
+import threading
 import time
 from typing import Final
 
@@ -32,8 +33,14 @@ def event(run: str, number: int) -> tuple[str, bytes]:
     return tenant, (head + "x" * (EVENT_BYTES - len(head) - len(tail)) + tail).encode()
 
 
-def produce(bootstrap: str, topic: str, run: str, count: int, *, rate_per_s: float = 0.0) -> None:
-    """Write `count` events and wait until the broker has acknowledged all of them; evenly spread if a rate is given."""
+def produce(
+    bootstrap: str, topic: str, run: str, count: int, *, rate_per_s: float = 0.0, stop: threading.Event | None = None
+) -> int:
+    """Write `count` events, or fewer if `stop` is set, and wait until the broker has acknowledged all of them.
+
+    Evenly spread if a rate is given. Returns how many.
+    """
+    written = 0
     producer = Producer(
         {
             "bootstrap.servers": bootstrap,
@@ -46,16 +53,20 @@ def produce(bootstrap: str, topic: str, run: str, count: int, *, rate_per_s: flo
     )
     began = time.monotonic()
     for number in range(count):
+        if stop is not None and stop.is_set():
+            break
         while rate_per_s and number >= (time.monotonic() - began) * rate_per_s:
             producer.poll(0.0005)
         tenant, value = event(run, number)
         while True:
             try:
                 producer.produce(topic, value, tenant)
+                written += 1
                 break
             except BufferError:
                 producer.poll(0.1)
         if number % _PRODUCE_POLL_EVERY == 0:
             producer.poll(0)
     if left := producer.flush(120):
-        raise TimeoutError(f"{left} of {count} events were not acknowledged within 120 s")
+        raise TimeoutError(f"{left} of {written} events were not acknowledged within 120 s")
+    return written
