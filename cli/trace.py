@@ -294,8 +294,8 @@ def command(event_id: str, tenant: ExternalId, vendor: Vendor, since: int | None
         say(f"left out: {counted(found.omitted, 'older record')} of it; --since, or a delivery's id, narrows it down")
     if found.unread:
         say(
-            f"left out: {counted(found.unread, 'record')} of the tenant, of whichever event, in a form that this version "
-            "of headgate does not read; use the one that wrote them"
+            f"left out: {counted(found.unread, 'record')} of the tenant, of whichever event, in a form that this "
+            "version of headgate does not read; use the one that wrote them"
         )
     if not events and not unrouted:
         raise click.ClickException(_nothing(settings, owner, current, trace))
