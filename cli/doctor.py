@@ -37,10 +37,23 @@ from confluent_kafka.admin import (
 from msgspec import Struct
 
 from cli.output import counted, load_settings, output_option, printable, show_json, told
-from config.kafka import CONNECT_TIMEOUT_S, DENIED, KafkaFault, client_config, connected_admin, error_of, read_to_end
+from config.acls import CLUSTER, ROLES, Acl, Role, acls_of, headgate_acls
+from config.kafka import (
+    CONNECT_TIMEOUT_S,
+    DENIED,
+    Denied,
+    KafkaFault,
+    client_config,
+    connected_admin,
+    error_of,
+    principal_of,
+    read_to_end,
+    refuse_hidden,
+)
 from config.plan import Current, current_state
 from config.provision import COPIES
 from config.registry import Registry
+from config.rights import lacking
 from config.settings import SchemaRegistrySettings, Settings, SettingsError, show_bytes, show_duration
 from config.upcasters import installed_upcasters
 from config.vault import MasterKeys, Unsealable
@@ -116,6 +129,7 @@ def examine(settings: Settings) -> Iterator[Check]:
         yield from _redis(settings)
         return
     yield _broker(settings, admin)
+    yield _rights(settings, admin)
     cluster = _Cluster(settings, admin)
     tenants = _Tenants(settings)
     expected = _expected(settings, tenants)
@@ -200,6 +214,25 @@ class _Cluster:
                 yield name, number, partition
 
 
+def _rights(settings: Settings, admin: AdminClient) -> Check:
+    """What this user may do, as the roles that it could have: all of one is enough."""
+    who = principal_of(settings.kafka.confluent())
+    missing: dict[Role, list[Acl]] = {}
+    try:
+        for role in ROLES:
+            missing[role] = lacking(admin, acls_of(role, settings.topics, settings.vendors))
+    except KafkaException as exception:
+        says = f"what {who} may do cannot be asked ({error_of(exception).name()})"
+        return Check("rights", "warn", says, "see the broker's log")
+    whole = [role for role in ROLES if not missing[role]]
+    if whole:
+        return Check("rights", "ok", f"{who} may do what is needed by: {', '.join(whole)}")
+    # what it comes nearest to is what it is meant to be
+    role = min(ROLES, key=lambda role: len(missing[role]) / len(acls_of(role, settings.topics, settings.vendors)))
+    lacks = [f"for {role} {who} lacks {acl}" if not n else str(acl) for n, acl in enumerate(missing[role])]
+    return _verdict("rights", "fail", lacks, "", f"{headgate_acls(role, who, None)}, as an administrator of Kafka")
+
+
 # ---------------------------------------------------------------- control plane
 
 
@@ -218,6 +251,9 @@ class _Tenants:
             ]
             pairs = [(key, value) for _, key, value in records if key is not None]
             self.current = {vendor: current_state(vendor, pairs) for vendor in settings.vendors}
+        except Denied as fault:
+            self.check = Check("tenants", "warn", str(fault), "see the check of rights")
+            return
         except (KafkaFault, msgspec.DecodeError) as fault:
             says = f"control, keys and state cannot be read: {fault}"
             self.check = Check("tenants", "fail", says, "use the version of Headgate that wrote them, or a newer one")
@@ -324,7 +360,13 @@ def _keys(settings: Settings, tenants: _Tenants) -> Iterator[Check]:
 def _topics(
     settings: Settings, cluster: _Cluster, expected: Mapping[str, TopicSpec], tenants: _Tenants
 ) -> Iterator[Check]:
-    missing = [f"{name} is missing" for name in expected if name not in cluster.topics]
+    unlisted = [name for name in expected if name not in cluster.topics]
+    try:
+        refuse_hidden(settings.kafka.confluent(), unlisted)
+    except Denied as fault:
+        yield Check("topics", "warn", str(fault), "see the check of rights; whether topics are missing cannot be told")
+        return
+    missing = [f"{name} is missing" for name in unlisted]
     do = "headgate apply -f FILE makes them; what belongs there is not acknowledged until then"
     yield _verdict("topics", "fail", missing, f"{len(expected)} topics, all there", do)
     fewer, wrong = [], []
@@ -632,7 +674,7 @@ def _groups(settings: Settings, admin: AdminClient, cluster: _Cluster) -> Iterat
             error = error_of(exception)
             denied = error.code() in DENIED
             says = "may not be described by this user" if denied else f"cannot be described ({error.name()})"
-            yield Check(f"group {name}", "warn", says, "grant Describe on the group, or run doctor as another user")
+            yield Check(f"group {name}", "warn", says, "see the check of rights")
 
 
 def _group(admin: AdminClient, name: str) -> _Group:
@@ -681,14 +723,20 @@ def _progress_of(
     now_ms = time.time() * 1000
     tiers_s = settings.sizes.retry_tiers_s if what != "ingress" else ()
     oldest_s = 0.0
-    for (_, number), due_ms in _heads(settings, dict(list(behind.items())[:MAX_HEADS])).items():
+    heads: Mapping[Partition, tuple[int, int]] = {}
+    unread = ""
+    try:
+        heads = _heads(settings, dict(list(behind.items())[:MAX_HEADS]))
+    except Denied:  # an operator does not read events
+        unread = ", how old they are this user may not read"
+    for (_, number), due_ms in heads.items():
         if tiers_s:  # looked at when its tier has passed, due when it says so
             at_ms, not_before_ms = due_ms
             tier_s = tiers_s[number] if number < len(tiers_s) else tiers_s[0]
             oldest_s = max(oldest_s, (now_ms - max(at_ms + tier_s * 1000, not_before_ms)) / 1000)
         else:
             oldest_s = max(oldest_s, (now_ms - due_ms[0]) / 1000)
-    left = f"not settled: {counted(records, 'record')} of {what}" if records else f"{what}: all settled"
+    left = f"not settled: {counted(records, 'record')} of {what}{unread}" if records else f"{what}: all settled"
     if oldest_s >= 1:
         span = show_duration(round(oldest_s))
         left += f", the oldest is due for {span}" if tiers_s else f", the oldest is {span} old"
@@ -748,10 +796,12 @@ def _acls(settings: Settings, admin: AdminClient) -> Check:
         if error.code() == KafkaError.SECURITY_DISABLED:
             return _OPEN
         if error.code() in DENIED:
-            return Check("acls", "ok", "cannot be read by this user (that needs Describe on the cluster)")
+            return _UNSEEN
         return Check("acls", "warn", f"cannot be read: {error.name()}", "see the broker's log")
     if not bindings and not _has_authorizer(admin):  # such a broker answers with an empty list, or with an error
         return _OPEN
+    if not bindings and lacking(admin, [Acl("cluster", CLUSTER, "literal", "Describe")]):  # as it does to who may not
+        return _UNSEEN
     writers: dict[str, set[str]] = {}
     for name in (settings.topics.control, settings.topics.keys):
         for acl in bindings:
@@ -774,6 +824,7 @@ def _acls(settings: Settings, admin: AdminClient) -> Check:
     return Check("acls", "ok", f"{len(bindings)} are visible; control and keys may be written by {who}")
 
 
+_UNSEEN: Final = Check("acls", "ok", "cannot be read by this user (that needs Describe on the cluster)")
 _OPEN: Final = Check(
     "acls",
     "warn",

@@ -31,6 +31,9 @@ _SECTIONS: Final[dict[str, dict[str, tuple[str, str]]]] = {
         "secrets": ("cli.secrets:group", "Rotate the signing secret of a destination."),
         "keys": ("cli.keys:group", "Rotate keys; shred a tenant's key, and end a removed tenant."),
     },
+    "Kafka's users": {
+        "acls": ("cli.acls:command", "What each user may do in Kafka: print it, or give it."),
+    },
     "Run": {
         "worker": ("cli.worker:command", "Deliver events until SIGTERM."),
         "publish": ("cli.publish:command", "Publish events from a file or from stdin."),

@@ -13,10 +13,13 @@ from typing import IO, Any, Final, ParamSpec, TypeVar
 import click
 import msgspec
 
+from config.acls import Role, acls_of
 from config.document import DocumentError
-from config.kafka import KafkaFault
+from config.kafka import Denied, KafkaFault
+from config.rights import lack_of, lacks
 from config.rotation import Refusal
 from config.settings import Settings, SettingsError, parse_duration_s
+from config.vault import MasterKeys
 from config.writer import Fenced
 from schemas.ids import DEFAULT_VENDOR, ExternalId, TenantRef, Vendor, external_id_problem, name_problem
 
@@ -28,7 +31,18 @@ output_option = click.option(
 )
 
 
-def _vendor(_context: click.Context, _option: click.Parameter, value: str) -> Vendor:
+_ROLES: Final[dict[str, Role]] = {
+    "worker": "worker",
+    "publish": "producer",
+    **dict.fromkeys(("get", "trace", "dlq", "doctor"), "operator"),
+    **dict.fromkeys(("apply", "secrets", "keys", "destinations"), "control"),
+}
+"""By command: whose rights it needs in Kafka."""
+
+
+def vendor_of(_context: click.Context, _option: click.Parameter, value: str | None) -> Vendor | None:
+    if value is None:
+        return None
     if (problem := name_problem(value)) is not None:
         raise click.BadParameter(f"{value!r} {problem}")
     return Vendor(value)
@@ -41,7 +55,7 @@ def _tenant(_context: click.Context, _option: click.Parameter, value: str | None
 
 
 vendor_option = click.option(
-    "--vendor", default=DEFAULT_VENDOR, show_default=True, callback=_vendor, help="Whose tenants."
+    "--vendor", default=DEFAULT_VENDOR, show_default=True, callback=vendor_of, help="Whose tenants."
 )
 
 
@@ -81,10 +95,30 @@ def told(command: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
+        except Denied as fault:
+            raise click.ClickException("\n".join([str(fault), *_what_is_lacking()])) from None
         except (SettingsError, DocumentError, KafkaFault, Fenced, Refusal) as fault:
             raise click.ClickException(str(fault)) from None
 
     return wrapped
+
+
+def _what_is_lacking() -> list[str]:
+    """All that the user of the command that runs lacks for it in Kafka, and how it gets that."""
+    context = click.get_current_context()
+    settings = context.find_object(Settings)
+    vendor: Vendor | None = context.params.get("vendor")
+    while context.parent is not None and context.parent.parent is not None:
+        context = context.parent
+    role = _ROLES.get(context.info_name or "")
+    if role is None or settings is None:
+        return ["it takes an administrator of Kafka, who may alter the cluster"]
+    kafka = settings.kafka.confluent()
+    try:
+        lacking = lacks(kafka, acls_of(role, settings.topics, (vendor,) if vendor else settings.vendors))
+    except KafkaFault:  # it went away meanwhile; the fault itself is told
+        return []
+    return [lack_of(kafka, lacking, role, vendor if len(settings.vendors) > 1 else None)]
 
 
 def load_settings(vendor: Vendor | None = None) -> Settings:
@@ -111,8 +145,12 @@ def load_settings(vendor: Vendor | None = None) -> Settings:
         else:
             say(f"HEADGATE_KAFKA_BOOTSTRAP is not set, and no embedded stack runs in {folder} (`headgate dev up`)")
     settings = Settings.load(env)
+    if settings.env == "production" and (settings.keys.master_key or settings.keys.master_key_file):
+        MasterKeys.load(settings.keys)  # refuses a development key, also where a command needs no key
     for warning in settings.warnings:
         say(f"warning: {warning}")
+    if (context := click.get_current_context(silent=True)) is not None:
+        context.obj = settings
     if vendor is not None and vendor not in settings.vendors:
         raise click.BadParameter(
             f"{vendor!r} is no vendor of this deployment ({', '.join(settings.vendors)}); add it to HEADGATE_VENDORS",

@@ -30,7 +30,7 @@ from cli.output import (
     vendor_option,
 )
 from config.document import parse_rate_per_s
-from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain, read_to_end
+from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain, read_to_end, refuse_hidden
 from config.settings import Settings
 from config.upcasters import installed_upcasters
 from schemas.control import TenantRecord, decode_control, parse_control_key
@@ -348,6 +348,7 @@ def _visible_topics(settings: Settings, topic: str, vendor: Vendor) -> Mapping[s
     """The topics that this user may see. Raises KafkaFault where ingress is not among them."""
     _, partitions = connected_admin(settings.kafka.confluent())
     if topic not in partitions:
+        refuse_hidden(settings.kafka.confluent(), [topic])
         raise KafkaFault(
             f"topic {topic} does not exist: vendor {vendor} has no configuration yet; run `headgate apply` first"
         )

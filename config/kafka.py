@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final, Literal
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 CONNECT_TIMEOUT_S: Final = 10.0
+LOOK_S: Final = 1.0
 STALL_TIMEOUT_S: Final = 30.0
 
 # Not of logging's tree, so that nothing which sets that up (a worker's `configure_logs`) makes it heard
@@ -22,6 +23,9 @@ _UNREACHABLE: Final = frozenset(
     {KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._RESOLVE, KafkaError._TIMED_OUT}
 )
 _SECURITY: Final = frozenset({KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError.SASL_AUTHENTICATION_FAILED})
+ANONYMOUS: Final = "User:ANONYMOUS"
+NO_GROUP: Final = KafkaError.GROUP_AUTHORIZATION_FAILED
+"""librdkafka looks for the group of every consumer; one that joins none may do without the right to."""
 DENIED: Final = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -36,6 +40,10 @@ class KafkaFault(Exception):
     """Kafka did not do what a command needs. The text is for a person."""
 
 
+class Denied(KafkaFault):
+    """The user has not the right to do it. What it lacks in all is `config/rights.py`'s to say."""
+
+
 def client_config(kafka: Mapping[str, Any], faults: list[str] | None = None) -> dict[str, Any]:
     """A client's configuration that keeps librdkafka's log off the terminal; what it complains of goes to `faults`."""
     config = {**kafka, "logger": _UNHEARD, "socket.connection.setup.timeout.ms": 5000}
@@ -47,18 +55,31 @@ def client_config(kafka: Mapping[str, Any], faults: list[str] | None = None) -> 
 def explain(error: KafkaError, doing: str, kafka: Mapping[str, Any], faults: Sequence[str] = ()) -> KafkaFault:
     """`doing` completes "cannot …", such as "write to topic headgate.control"."""
     where = kafka.get("bootstrap.servers", "")
-    last = f" ({faults[-1]})" if faults else ""
+    telling = [fault for fault in faults if "brokers are down" not in fault] or faults
+    last = f" ({telling[-1]})" if telling else ""
     code = error.code()
-    if code in _SECURITY or any("SSL" in fault or "SASL" in fault for fault in faults[-3:]):
+    if code in DENIED:
+        return Denied(f"cannot {doing}: the broker does not allow it to {principal_of(kafka)} ({error.name()})")
+    if code in _SECURITY or _insecure(faults):
         return KafkaFault(
-            f"cannot {doing}: the broker at {where} refuses the connection: {error.str()}{last}; "
+            f"cannot {doing}: no secure connection to {where} as {principal_of(kafka)}: {error.str()}{last}; "
             "check the HEADGATE_KAFKA_SECURITY_PROTOCOL, HEADGATE_KAFKA_SASL_… and HEADGATE_KAFKA_CA_FILE settings"
         )
     if code in _UNREACHABLE:
-        return KafkaFault(f"cannot {doing}: no broker answers at {where}{last}; check HEADGATE_KAFKA_BOOTSTRAP")
-    if code in DENIED:
-        return KafkaFault(f"cannot {doing}: the broker does not allow it ({error.name()}); grant this user the right")
+        plain = ", and HEADGATE_KAFKA_SECURITY_PROTOCOL: it is PLAINTEXT" if principal_of(kafka) == ANONYMOUS else ""
+        return KafkaFault(f"cannot {doing}: no broker answers at {where}{last}; check HEADGATE_KAFKA_BOOTSTRAP{plain}")
     return KafkaFault(f"cannot {doing}: {error.str() or error.name()} ({error.name()})")
+
+
+def _insecure(faults: Sequence[str]) -> bool:
+    return any("SSL" in fault or "SASL" in fault for fault in faults)
+
+
+def principal_of(kafka: Mapping[str, Any]) -> str:
+    """The user as brokers and ACLs name it; of a certificate only its brokers know how they name it."""
+    if "sasl.username" in kafka:
+        return f"User:{kafka['sasl.username']}"
+    return ANONYMOUS if "ssl.certificate.location" not in kafka else "the client certificate's user"
 
 
 def error_of(exception: KafkaException) -> KafkaError:
@@ -67,15 +88,35 @@ def error_of(exception: KafkaException) -> KafkaError:
 
 
 def connected_admin(kafka: Mapping[str, Any]) -> tuple[AdminClient, dict[str, int]]:
-    """An admin client that has reached the broker, and the partitions of each topic. Raises `KafkaFault`."""
+    """An admin client that has reached the broker, and the partitions of each topic that this user may see.
+
+    Raises `KafkaFault`: within 10 s where nobody answers, at once where a password or a certificate is not taken.
+    """
     faults: list[str] = []
     admin = AdminClient(client_config(kafka, faults))
-    try:
-        listed = admin.list_topics(timeout=CONNECT_TIMEOUT_S)
-    except KafkaException as exception:
-        admin.poll(0)  # hands over what the client complained of
-        raise explain(error_of(exception), "reach Kafka", kafka, faults) from None
-    return admin, {name: len(topic.partitions) for name, topic in listed.topics.items() if topic.error is None}
+    deadline = monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            listed = admin.list_topics(timeout=LOOK_S)
+        except KafkaException as exception:
+            admin.poll(0)  # hands over what the client complained of
+            if monotonic() < deadline and error_of(exception).code() in _UNREACHABLE and not _insecure(faults):
+                continue
+            raise explain(error_of(exception), "reach Kafka", kafka, faults) from None
+        return admin, {name: len(topic.partitions) for name, topic in listed.topics.items() if topic.error is None}
+
+
+def refuse_hidden(kafka: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Topics that are not listed do not exist, or may not be seen by this user: raises `Denied` for one of these."""
+    if not names:
+        return
+    admin = AdminClient(client_config(kafka))
+    for name, future in admin.describe_topics(TopicCollection(list(names)), request_timeout=CONNECT_TIMEOUT_S).items():
+        try:
+            future.result()
+        except KafkaException as exception:
+            if error_of(exception).code() in DENIED:
+                raise explain(error_of(exception), f"see topic {name}", kafka) from None
 
 
 def read_to_end(
@@ -88,6 +129,7 @@ def read_to_end(
     total: Callable[[int], None] | None = None,
 ) -> Iterator[Message]:
     """Every committed record of the topics, from the earliest to the end; topics that do not exist are empty.
+    Those that this user may not see are not: that is `Denied`.
 
     Read uncommitted also has what a transaction wrote that ended in nothing, for whoever asks what lies on the disk.
     With `total`, which is told how many offsets that are, the end is where it was at the start, however much is written
@@ -117,6 +159,7 @@ def read_to_end(
     try:
         try:
             listed = consumer.list_topics(timeout=CONNECT_TIMEOUT_S).topics
+            refuse_hidden(kafka, [name for name in topics if name not in listed])
             partitions = [
                 TopicPartition(name, partition, 0)
                 for name in topics
@@ -178,6 +221,6 @@ def _until_end(
                     consumer.pause([TopicPartition(*at)])
             elif error.code() == KafkaError._PARTITION_EOF:
                 open_ends.discard((message.topic(), message.partition()))
-            elif not error.retriable() and error.code() not in _UNREACHABLE:
+            elif not error.retriable() and error.code() not in _UNREACHABLE | {NO_GROUP}:
                 raise explain(error, f"read topic {message.topic()}", kafka, faults)
         deadline = monotonic() + STALL_TIMEOUT_S  # from here on: what a reader does between two of them is its own time

@@ -20,7 +20,7 @@ from confluent_kafka.admin import (
 )
 from msgspec import Struct
 
-from config.kafka import DENIED, KafkaFault, connected_admin, error_of, explain
+from config.kafka import DENIED, KafkaFault, connected_admin, error_of, explain, principal_of, refuse_hidden
 from schemas.topics import TopicSpec
 
 REQUEST_TIMEOUT_S: Final = 60.0
@@ -92,6 +92,12 @@ def _create(
                     f"cannot create topic {name}: replication factor {replication_factor} is more than there are "
                     "brokers; set HEADGATE_REPLICATION_FACTOR"
                 )
+            elif error.code() in DENIED:
+                refuse_hidden(kafka, [name])
+                raise KafkaFault(
+                    f"topic {name} does not exist, and {principal_of(kafka)} may not make it ({error.name()}); "
+                    "`headgate apply` makes it, run by a user that may"
+                )
             elif error.code() != KafkaError.TOPIC_ALREADY_EXISTS:
                 raise explain(error, f"create topic {name}", kafka)
         if len(specs) > CHUNK:
@@ -102,6 +108,7 @@ def _create(
 def _check(admin: AdminClient, kafka: Mapping[str, Any], specs: Sequence[TopicSpec], say: Say) -> list[str]:
     """Names of the topics whose settings were raised."""
     changes: list[ConfigResource] = []
+    unchecked = 0
     for _, chunk in _chunks(specs):
         asked = {spec.name: ConfigResource(ResourceType.TOPIC, spec.name) for spec in chunk}
         futures = admin.describe_configs(list(asked.values()), request_timeout=REQUEST_TIMEOUT_S)
@@ -112,12 +119,14 @@ def _check(admin: AdminClient, kafka: Mapping[str, Any], specs: Sequence[TopicSp
             except KafkaException as exception:
                 error = error_of(exception)
                 if error.code() in DENIED:
-                    say(f"topic {spec.name}: its settings cannot be checked, this user may not describe them")
+                    unchecked += 1
                     continue
                 raise explain(error, f"read the settings of topic {spec.name}", kafka) from None
             change = _changes(spec, found, say)
             if change is not None:
                 changes.append(change)
+    if unchecked:
+        say(f"the settings of {unchecked} topics are not checked: {principal_of(kafka)} may not describe them")
     for _, part in _chunks(changes):
         for resource, future in admin.incremental_alter_configs(list(part), request_timeout=REQUEST_TIMEOUT_S).items():
             try:

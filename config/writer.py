@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from config.acls import transactional_id
 from config.kafka import KafkaFault, client_config, connected_admin, error_of, explain, read_to_end
 from config.plan import Current, Write, current_state
 from schemas.ids import Vendor
@@ -21,6 +22,8 @@ TRANSACTION_TIMEOUT_S: Final = 30.0
 # ends it: that looks for such ones every 10 s (transaction.abort.timed.out.transaction.cleanup.interval.ms).
 SEEN_TIMEOUT_S: Final = TRANSACTION_TIMEOUT_S + 30.0
 
+# what is told of records that were not sent since another was refused
+_PURGED: Final = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 _FENCED: Final = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 
 
@@ -71,7 +74,7 @@ class Writer:
             client_config(
                 {
                     **self._kafka,
-                    "transactional.id": f"{self._topics.prefix}.apply.{self._vendor}",
+                    "transactional.id": transactional_id(self._topics, self._vendor),
                     "transaction.timeout.ms": int(TRANSACTION_TIMEOUT_S * 1000),
                     "acks": "all",
                     "linger.ms": 20,
@@ -124,7 +127,8 @@ class Writer:
                 self._produce(producer, names[write.topic], write, acknowledged)
             self._commit(producer)
         except KafkaException as exception:
-            fault = self._fault(refused[0] if refused else exception, "write the configuration")
+            causes = [error for error in refused if error.code() not in _PURGED]
+            fault = self._fault(causes[0] if causes else exception, "write the configuration")
             self._abort(producer)
             raise fault from None
         self._wait_until_seen(last)

@@ -1,6 +1,8 @@
 """How the embedded Kafka is run: its settings, its Java command line, and the class archive that makes it start fast.
 
-One node, broker and controller in one process (KRaft), plaintext on loopback. `stack.py` decides when it runs.
+One node, broker and controller in one process (KRaft), on loopback: in plaintext, or secured. A secured one takes
+clients by password over TLS and has an authorizer; with itself, and with whoever looks after it here, it speaks on two
+ports that ask for its own certificate. `stack.py` decides when it runs.
 """
 
 import fcntl
@@ -8,6 +10,7 @@ import hashlib
 import os
 import shutil
 import socket
+import ssl
 import struct
 import subprocess
 import tempfile
@@ -19,14 +22,18 @@ from typing import Final
 
 from msgspec import Struct
 
-from dev import jars, process, wait
+from dev import certificates, jars, process, wait
 from dev.jars import Say
 
 NODE_ID: Final = 1
+ADMIN: Final = "admin"
+SESSION_MS: Final = 4000
+TLS_FOLDER: Final = "tls"
 START_TIMEOUT_S: Final = 90
 ANSWER_TIMEOUT_S: Final = 1.0
 API_VERSIONS: Final = 18
 FIND_COORDINATOR: Final = 10
+SCRAM_ITERATIONS: Final = 4096
 GROUP: Final = 0
 TRANSACTION: Final = 1
 PROPERTIES_FILE: Final = "server.properties"
@@ -52,12 +59,10 @@ PROPERTIES: Final = """\
 process.roles=broker,controller
 node.id={node}
 controller.quorum.voters={node}@127.0.0.1:{controller_port}
-listeners=BROKER://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=BROKER://127.0.0.1:{port}
-listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=BROKER
 log.dirs=data
+{listeners}
 
 auto.create.topics.enable=false
 num.partitions=4
@@ -92,6 +97,32 @@ num.recovery.threads.per.data.dir=2
 # A broker killed without goodbye may register again only when its old session has run out.
 broker.session.timeout.ms=4000
 broker.heartbeat.interval.ms=1000
+"""
+
+OPEN: Final = """\
+listeners=BROKER://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=BROKER://127.0.0.1:{port}
+listener.security.protocol.map=BROKER:PLAINTEXT,CONTROLLER:PLAINTEXT
+"""
+
+SECURED: Final = """\
+listeners=CLIENT://127.0.0.1:{port},BROKER://127.0.0.1:{internal_port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=CLIENT://127.0.0.1:{port},BROKER://127.0.0.1:{internal_port}
+listener.security.protocol.map=CLIENT:SASL_SSL,BROKER:SSL,CONTROLLER:SSL
+sasl.enabled.mechanisms=SCRAM-SHA-512
+listener.name.client.scram-sha-512.sasl.jaas.config=\
+org.apache.kafka.common.security.scram.ScramLoginModule required;
+# a client's session ends after that time, as on many shared clusters: it has to log in again
+connections.max.reauth.ms={session_ms}
+ssl.keystore.type=PEM
+ssl.keystore.location={tls}/broker.pem
+ssl.truststore.type=PEM
+ssl.truststore.location={tls}/ca.pem
+listener.name.broker.ssl.client.auth=required
+listener.name.controller.ssl.client.auth=required
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:{admin};User:CN={common_name}
+allow.everyone.if.no.acl.found=false
 """
 
 LOG4J: Final = """\
@@ -225,12 +256,49 @@ def _make_archive(kit: Kit, home: Path, say: Say) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+class Door(Struct, frozen=True):
+    """A port of a broker, and the folder of the certificates that it asks for."""
+
+    port: int
+    tls: Path | None = None
+
+    def connect(self) -> socket.socket:
+        """Raises OSError."""
+        plain = socket.create_connection(("127.0.0.1", self.port), ANSWER_TIMEOUT_S)
+        plain.settimeout(ANSWER_TIMEOUT_S)
+        if self.tls is None:
+            return plain
+        context = ssl.create_default_context(cafile=self.tls / certificates.AUTHORITY)
+        context.load_cert_chain(self.tls / certificates.BROKER)
+        try:
+            return context.wrap_socket(plain, server_hostname="127.0.0.1")
+        except OSError:
+            plain.close()
+            raise
+
+
 class Layout(Struct, frozen=True):
     """Where one broker lives."""
 
     home: Path
     port: int
     controller_port: int
+    internal_port: int = 0
+    """Of a secured broker; 0: it is open."""
+
+    @property
+    def secured(self) -> bool:
+        return bool(self.internal_port)
+
+    @property
+    def tls(self) -> Path:
+        """Where the certificates of a secured broker lie."""
+        return self.home / TLS_FOLDER
+
+    @property
+    def door(self) -> "Door":
+        """Where whoever looks after the broker asks it."""
+        return Door(self.internal_port, self.tls) if self.secured else Door(self.port)
 
     @property
     def data(self) -> Path:
@@ -253,8 +321,19 @@ class Layout(Struct, frozen=True):
 def write_config(layout: Layout) -> None:
     """Write the settings anew; data stay as they are."""
     layout.scratch.mkdir(parents=True, exist_ok=True)
+    if layout.secured:
+        certificates.make(layout.tls)
+    listeners = (SECURED if layout.secured else OPEN).format(
+        port=layout.port,
+        controller_port=layout.controller_port,
+        internal_port=layout.internal_port,
+        session_ms=SESSION_MS,
+        tls=TLS_FOLDER,
+        admin=ADMIN,
+        common_name=certificates.COMMON_NAME,
+    )
     (layout.home / PROPERTIES_FILE).write_text(
-        PROPERTIES.format(node=NODE_ID, port=layout.port, controller_port=layout.controller_port)
+        PROPERTIES.format(node=NODE_ID, controller_port=layout.controller_port, listeners=listeners)
     )
     (layout.home / LOG4J_FILE).write_text(LOG4J)
 
@@ -290,7 +369,7 @@ def wait_ready(running: process.Proc, layout: Layout) -> None:
     """
 
     def ready_or_gone() -> bool:
-        ready = answers(layout.port) and all(_has_coordinator(layout.port, kind) for kind in (GROUP, TRANSACTION))
+        ready = answers(layout.door) and all(_has_coordinator(layout.door, kind) for kind in (GROUP, TRANSACTION))
         return ready or process.condition(running) is process.Condition.GONE
 
     if not wait.until(ready_or_gone, START_TIMEOUT_S):
@@ -299,25 +378,49 @@ def wait_ready(running: process.Proc, layout: Layout) -> None:
         raise BrokerError(f"Kafka ended while it started; {_last_words(layout)}")
 
 
-def answers(port: int) -> bool:
+def set_password(layout: Layout, user: str, password: str) -> None:
+    """Makes a user of a secured broker that runs, or gives one another password. Raises `BrokerError`."""
+    from confluent_kafka import KafkaException
+    from confluent_kafka.admin import AdminClient, ScramCredentialInfo, ScramMechanism, UserScramCredentialUpsertion
+
+    tls = layout.tls
+    admin = AdminClient(
+        {
+            "bootstrap.servers": f"127.0.0.1:{layout.internal_port}",
+            "security.protocol": "SSL",
+            "ssl.ca.location": str(tls / certificates.AUTHORITY),
+            "ssl.certificate.location": str(tls / certificates.BROKER),
+            "ssl.key.location": str(tls / certificates.BROKER),
+            "log_level": 0,
+        }
+    )
+    info = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, SCRAM_ITERATIONS)
+    upsertion = UserScramCredentialUpsertion(user, info, password.encode())
+    try:
+        for future in admin.alter_user_scram_credentials([upsertion]).values():
+            future.result(START_TIMEOUT_S)
+    except KafkaException as fault:
+        raise BrokerError(f"the broker does not take a password for {user}: {fault}") from fault
+
+
+def answers(door: Door) -> bool:
     """Whether a Kafka answers there, which also a paused process does not."""
-    return _ask(port, API_VERSIONS, 0, b"", answer_bytes=2) is not None
+    return _ask(door, API_VERSIONS, 0, b"", answer_bytes=2) is not None
 
 
-def _has_coordinator(port: int, kind: int) -> bool:
+def _has_coordinator(door: Door, kind: int) -> bool:
     name = b"headgate-dev"
-    answer = _ask(port, FIND_COORDINATOR, 1, struct.pack(">h", len(name)) + name + bytes([kind]), answer_bytes=6)
+    answer = _ask(door, FIND_COORDINATOR, 1, struct.pack(">h", len(name)) + name + bytes([kind]), answer_bytes=6)
     return answer is not None and answer[4:6] == b"\0\0"  # after the throttle time, the error code
 
 
-def _ask(port: int, api: int, version: int, body: bytes, *, answer_bytes: int) -> bytes | None:
+def _ask(door: Door, api: int, version: int, body: bytes, *, answer_bytes: int) -> bytes | None:
     """One request on a connection of its own; the first bytes of the answer behind its header, None if none comes."""
     request = struct.pack(">hhih", api, version, 1, -1) + body  # correlation id 1, no client id
     try:
-        with socket.create_connection(("127.0.0.1", port), ANSWER_TIMEOUT_S) as connection:
-            connection.settimeout(ANSWER_TIMEOUT_S)
+        with door.connect() as connection, connection.makefile("rb") as stream:
             connection.sendall(struct.pack(">i", len(request)) + request)
-            answer = connection.recv(8 + answer_bytes, socket.MSG_WAITALL)
+            answer = stream.read(8 + answer_bytes)
     except OSError:
         return None
     return answer[8:] if len(answer) == 8 + answer_bytes else None

@@ -22,7 +22,7 @@ from typing import Final, assert_never
 import msgspec
 from msgspec import Struct, structs
 
-from dev import broker, jars, process, wait
+from dev import broker, certificates, jars, process, wait
 from dev.jars import Say
 from dev.process import Condition, Proc
 
@@ -30,6 +30,7 @@ MARKER: Final = ".headgate-dev"
 LOCK: Final = "lock"
 STATE: Final = "state.json"
 MASTER_KEY: Final = "master.key"
+ADMIN_PASSWORD: Final = "admin.password"
 MASTER_KEY_ID: Final = "dev-1"
 """Ids that start with `dev-` are development keys, which production refuses."""
 END_GRACE_S: Final = 15.0
@@ -62,6 +63,8 @@ class State(Struct, frozen=True):
     redis_port: int
     kafka_version: str
     redis_version: str
+    internal_port: int = 0
+    """Of a secured Kafka; 0: an open one."""
     processes: dict[ServiceName, Proc] = {}
 
 
@@ -91,6 +94,7 @@ class Stack(Struct, frozen=True):
     dir: Path
     kafka_port: int
     redis_port: int
+    kafka: broker.Layout
 
     @property
     def kafka_bootstrap(self) -> str:
@@ -111,7 +115,25 @@ class Stack(Struct, frozen=True):
             "HEADGATE_REDIS_URL": self.redis_url,
             "HEADGATE_MASTER_KEY_FILE": str(self.master_key_file),
             "HEADGATE_DEV_DIR": str(self.dir),
+            **(self.as_user(broker.ADMIN, (self.dir / ADMIN_PASSWORD).read_text()) if self.kafka.secured else {}),
         }
+
+    # Of a secured stack.
+    def as_user(self, name: str, password: str) -> dict[str, str]:
+        """The settings with which a user connects."""
+        return {
+            "HEADGATE_KAFKA_SECURITY_PROTOCOL": "SASL_SSL",
+            "HEADGATE_KAFKA_SASL_MECHANISM": "SCRAM-SHA-512",
+            "HEADGATE_KAFKA_SASL_USERNAME": name,
+            "HEADGATE_KAFKA_SASL_PASSWORD": password,
+            "HEADGATE_KAFKA_CA_FILE": str(self.kafka.tls / certificates.AUTHORITY),
+        }
+
+    def add_user(self, name: str) -> dict[str, str]:
+        """A user of Kafka that may do nothing yet: its settings. One that exists gets another password."""
+        password = secrets.token_urlsafe(24)
+        broker.set_password(self.kafka, name, password)
+        return self.as_user(name, password)
 
     # For tests of what happens when a part fails.
     def stop(self, service: ServiceName, *, kill: bool = False) -> None:
@@ -146,14 +168,16 @@ def quiet(line: str) -> None:
     """Takes progress and tells nobody."""
 
 
-def up(folder: Path, *, cache: Path | None = None, say: Say = quiet) -> Stack:
+def up(folder: Path, *, secured: bool = False, cache: Path | None = None, say: Say = quiet) -> Stack:
     """Have all services running and ready; starts what is not, wakes what is paused, leaves alone what runs.
+
+    A new stack is `secured` if that is asked for: Kafka by password over TLS, with an authorizer and an administrator.
 
     Raises `NotAStack` for a folder that holds something else, `StackError` for what else cannot be done.
     """
     folder = folder.resolve()
     with _ours(folder, create=True):
-        state = _load(folder) or _new_state()
+        state = _load(folder) or _new_state(secured)
         _save(folder, state)
         _make_master_key(folder)
         for service in ServiceName:  # both start before either is waited for
@@ -161,7 +185,22 @@ def up(folder: Path, *, cache: Path | None = None, say: Say = quiet) -> Stack:
             _save(folder, state)
         for service in ServiceName:
             _wait_ready(folder, state, service)
-        return Stack(folder, state.kafka_port, state.redis_port)
+        made = _stack(folder, state)
+        if made.kafka.secured and not (folder / ADMIN_PASSWORD).exists():
+            _make_admin(made)
+        return made
+
+
+def _stack(folder: Path, state: State) -> Stack:
+    return Stack(folder, state.kafka_port, state.redis_port, _layout(folder, state))
+
+
+def _make_admin(made: Stack) -> None:
+    beside = made.dir / f"{ADMIN_PASSWORD}.new"
+    beside.touch(mode=0o600)
+    beside.write_text(secrets.token_urlsafe(24))
+    broker.set_password(made.kafka, broker.ADMIN, beside.read_text())
+    beside.replace(made.dir / ADMIN_PASSWORD)
 
 
 def down(folder: Path, *, keep: bool = False, say: Say = quiet) -> bool:
@@ -200,7 +239,7 @@ def stack(folder: Path) -> Stack | None:
     state = _load(folder.resolve())
     if state is None or not status(folder).ready:
         return None
-    return Stack(folder.resolve(), state.kafka_port, state.redis_port)
+    return _stack(folder.resolve(), state)
 
 
 def stop(folder: Path, service: ServiceName, *, kill: bool = False) -> None:
@@ -327,9 +366,10 @@ def _save(folder: Path, state: State) -> None:
     beside.replace(folder / STATE)
 
 
-def _new_state() -> State:
-    kafka_port, controller_port, redis_port = wait.free_ports(3)
-    return State(kafka_port, controller_port, redis_port, broker.kafka_version(), _redis_version())
+def _new_state(secured: bool) -> State:
+    kafka_port, controller_port, redis_port, internal_port = wait.free_ports(4)
+    versions = broker.kafka_version(), _redis_version()
+    return State(kafka_port, controller_port, redis_port, *versions, internal_port if secured else 0)
 
 
 def _make_master_key(folder: Path) -> None:
@@ -346,7 +386,7 @@ def _make_master_key(folder: Path) -> None:
 
 
 def _layout(folder: Path, state: State) -> broker.Layout:
-    return broker.Layout(folder / "kafka", state.kafka_port, state.controller_port)
+    return broker.Layout(folder / "kafka", state.kafka_port, state.controller_port, state.internal_port)
 
 
 def _revived(folder: Path, state: State, service: ServiceName, cache: Path | None, say: Say) -> State:
@@ -367,7 +407,7 @@ def _revived(folder: Path, state: State, service: ServiceName, cache: Path | Non
             assert_never(unknown)
     match service:
         case ServiceName.KAFKA:
-            _refuse_taken(service, state.kafka_port, state.controller_port)
+            _refuse_taken(service, *filter(None, (state.kafka_port, state.controller_port, state.internal_port)))
             layout = _layout(folder, state)
             try:
                 kit = broker.prepare(cache if cache is not None else jars.cache_dir(), say)
@@ -456,10 +496,10 @@ def _status(folder: Path, state: State, service: ServiceName) -> ServiceStatus:
     match service:
         case ServiceName.KAFKA:
             port, version, log = state.kafka_port, state.kafka_version, _layout(folder, state).log
-            answering = broker.answers
+            answering = partial(broker.answers, _layout(folder, state).door)
         case ServiceName.REDIS:
             port, version, log = state.redis_port, state.redis_version, folder / "redis" / "redis.log"
-            answering = redis_answers
+            answering = partial(redis_answers, port)
         case other:
             assert_never(other)
     match process.condition(proc) if proc is not None else Condition.GONE:
@@ -468,7 +508,7 @@ def _status(folder: Path, state: State, service: ServiceName) -> ServiceStatus:
         case Condition.PAUSED:
             word = "paused"
         case Condition.RUNNING:
-            word = "ready" if answering(port) else "starting"
+            word = "ready" if answering() else "starting"
         case unknown:
             assert_never(unknown)
     assert proc is not None

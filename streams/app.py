@@ -25,10 +25,15 @@ import faust
 import structlog
 import uvloop
 from aiokafka.errors import KafkaError
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
+from config.acls import Acl, acls_of
+from config.kafka import client_config, error_of
 from config.logs import configure_logs
 from config.provision import provision, topic_ids
 from config.registry import Fault, Registry
+from config.rights import lack_of, lacking, refuse_lacking
 from config.settings import KafkaSettings, Settings, SettingsError
 from config.upcasters import installed_upcasters
 from config.vault import MasterKeys
@@ -54,6 +59,8 @@ log = structlog.get_logger()
 AFTER_FAULT_S: Final = 2.0
 WATCH_S: Final = 0.1
 BROKER_AWAY_S: Final = 5.0
+RIGHTS_EVERY_S: Final = 3.0
+RIGHTS_TIMEOUT_S: Final = 2.0  # a thread waits for the answer, and the process at its end for the thread
 BROKER_AWAY_BYTES: Final = 64 * 2**20
 AVERAGES_EVERY_S: Final = 10.0
 M_TRIM_THRESHOLD: Final = -1  # malloc.h
@@ -125,6 +132,7 @@ class Worker:
         self._stopping = False
         self._broker_away = False
         self._pump_started = False
+        self._lacking: list[Acl] = []
         self._folder = TemporaryDirectory(prefix="headgate-", ignore_cleanup_errors=True)  # Faust wants one
 
     async def run(self) -> int:
@@ -147,6 +155,7 @@ class Worker:
             tasks = [
                 loop.create_task(self._router.rounds(), name="rounds"),
                 loop.create_task(self._watch(), name="watch"),
+                loop.create_task(self._watch_rights(), name="rights"),
                 loop.create_task(self._leases.run(), name="leases"),
             ]
             for task in tasks:
@@ -176,7 +185,10 @@ class Worker:
     # ---------------------------------------------------------------- the parts
 
     async def _topics(self) -> dict[str, str]:
-        """Makes the base topics where they are missing; the first 8 hex digits of each ingress topic's id."""
+        """Makes the base topics where they are missing; the first 8 hex digits of each ingress topic's id.
+
+        Raises KafkaFault, also where this worker's user may not do in Kafka what a worker has to.
+        """
         loop = asyncio.get_running_loop()
         settings = self._settings
         specs = base_topics(settings.topics, settings.vendors, settings.sizes)
@@ -184,11 +196,15 @@ class Worker:
         def make() -> dict[str, str]:
             kafka = settings.kafka.confluent()
             factor = settings.replication_factor
+            refuse_lacking(kafka, self._needed(), "worker")
             say = partial(log.info, "topics")
             provision(kafka, specs, replication_factor=factor, grow=frozenset(), say=lambda note: say(note=note))
             return topic_ids(kafka, list(self._vendors))
 
         return await loop.run_in_executor(None, make)
+
+    def _needed(self) -> tuple[Acl, ...]:
+        return acls_of("worker", self._settings.topics, self._settings.vendors)
 
     def _build(self, ids: Mapping[str, str]) -> None:
         settings = self._settings
@@ -331,6 +347,28 @@ class Worker:
                 kept_at = time.monotonic()
                 await self._keep_averages()
 
+    async def _watch_rights(self) -> None:
+        """What may not be read does not come, without a word from the clients: so the broker is asked.
+
+        Nothing is lost by a right that is taken away: what cannot be written stays unsettled, and is written, or read
+        again, once it is given back.
+        """
+        kafka = self._settings.kafka.confluent()
+        admin = AdminClient(client_config(kafka))
+        while not self._stopping:
+            await asyncio.sleep(RIGHTS_EVERY_S)
+            try:
+                now = await asyncio.to_thread(lacking, admin, self._needed(), RIGHTS_TIMEOUT_S)
+            except KafkaException as fault:  # a broker that is away is told by others
+                log.debug("rights_unknown", fault=error_of(fault).name())
+                continue
+            if now != self._lacking:
+                self._lacking = now
+                if now:
+                    log.error("rights_lacking", fault=lack_of(kafka, now, "worker"))
+                else:
+                    log.info("rights_complete")
+
     def _average_key(self, name: str) -> str:
         return f"{self._settings.topics.prefix}:average:{name}"
 
@@ -403,6 +441,8 @@ class Worker:
             missing["ingress"] = "no assignment of " + ", ".join(self._vendors)
         if not self._pump_started:
             missing["retry"] = "the retry pump has not started"
+        if self._lacking:
+            missing["rights"] = lack_of(self._settings.kafka.confluent(), self._lacking, "worker")
         if self._stopping:
             missing["stopping"] = "the worker is shutting down"
         return missing

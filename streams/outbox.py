@@ -25,6 +25,10 @@ from schemas.wire import stub
 log = structlog.get_logger()
 
 POLL_S: Final = 0.002
+# what the producer knows beforehand, and what can change: the record waits, as one that the broker has refused
+WAITS: Final = frozenset(
+    {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}
+)
 MISSING_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
 AGAIN_S: Final = 0.2
 MOST_AGAIN_S: Final = 2.0
@@ -98,7 +102,7 @@ class Outbox:
 
     def _make_batches(self) -> confluent_kafka.Producer:
         self._fatal.discard("batches")
-        more = {"delivery.report.only.error": True, "on_delivery": self._batch_error}
+        more = {"delivery.report.only.error": True, "on_delivery": self._batch_report}
         return confluent_kafka.Producer({**self._settings, **more})
 
     def _make_letters(self) -> confluent_kafka.Producer:
@@ -188,6 +192,9 @@ class Outbox:
                 if fault.args[0].code() in TOO_LARGE:
                     log.error("attempt_record_too_large", bytes=len(value))
                     return
+                if fault.args[0].code() in WAITS:
+                    self._batch_error(fault.args[0], topic, key, value)
+                    return
                 if fault.args[0].code() != KafkaError._FATAL:
                     raise
                 self._fatal.add("batches")
@@ -206,12 +213,15 @@ class Outbox:
                 return True
             await asyncio.sleep(POLL_S)
 
-    def _batch_error(self, error: KafkaError | None, message: Any) -> None:
-        if error is None or error.code() in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
-            return
-        log.error("produce_refused", topic=message.topic(), error=error.name())
+    def _batch_report(self, error: KafkaError | None, message: Any) -> None:
+        if error is not None and error.code() not in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT):
+            self._batch_error(error, message.topic(), message.key(), message.value())
+
+    def _batch_error(self, error: KafkaError, topic: str, key: bytes | None, value: bytes) -> None:
+        if not self._batch_failed:  # the rest of the batch has the same to say
+            log.error("produce_refused", topic=topic, error=error.name())
         if error.code() not in TOO_LARGE:
-            self._batch_failed.append((message.topic(), message.key(), message.value()))
+            self._batch_failed.append((topic, key, value))
 
     # ---------------------------------------------------------------- single records
 

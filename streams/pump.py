@@ -589,6 +589,7 @@ class Pump(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
                 raise  # aiokafka would skip it, or never get past it
             except KafkaError as fault:
                 log.error("fetch_refused", group=self._group, fault=repr(fault))
+                self._consumer.join_again_if_needed()
                 await asyncio.sleep(FAULT_BACKOFF_S)
                 continue
             self._check_alive()

@@ -21,7 +21,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from config.kafka import KafkaFault, client_config, error_of, explain, read_to_end
+from config.kafka import NO_GROUP, KafkaFault, client_config, error_of, explain, read_to_end
 from config.plan import CurrentTenant, is_disabled
 from config.settings import Settings
 from config.vault import Unsealable, Vault
@@ -544,7 +544,7 @@ class Watch:
             for message in self._consumer.consume(1000, ASK_EVERY_S):
                 error = message.error()
                 if error is not None:
-                    if not error.retriable():
+                    if not error.retriable() and error.code() != NO_GROUP:
                         raise explain(error, f"read topic {message.topic()}", self._kafka, self._faults)
                 elif message.topic() == self._letters:
                     parked = read_parked(headers_of(message).items())

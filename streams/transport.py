@@ -322,6 +322,14 @@ class GroupConsumer(aiokafka.AIOKafkaConsumer):
                 raise
             await self._client.close()
 
+    def join_again_if_needed(self) -> None:
+        """A heartbeat that the group refused (its right was taken away) has ended for good: aiokafka tells of that for
+        ever, and begins another one only when it joins. So it has to join, and does once it may again."""
+        coordinator = self._coordinator
+        for task in (coordinator._heartbeat_task, coordinator._commit_refresh_task):
+            if task is not None and task.done() and not task.cancelled() and task.exception() is not None:
+                coordinator.request_rejoin()
+
 
 # ----------------------------------------------------------------------------------------- the consumer's own thread
 
@@ -410,6 +418,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         for task in (coordinator._coordination_task, fetcher._fetch_task):
             if task.done() and not task.cancelled():
                 raise ConsumerDied(f"aiokafka: {task.get_coro()} ended") from task.exception()
+        consumer.join_again_if_needed()
         coordinator.check_errors()  # takes the fault, else the coordinator waits for ever for someone to take it
         return consumer
 

@@ -798,6 +798,7 @@ def test_an_unreachable_broker_is_told_within_ten_seconds_or_so(shell: Shell) ->
     result = shell.process("get", "tenants", env={**shell.env, "HEADGATE_KAFKA_BOOTSTRAP": "127.0.0.1:1"})
     assert (result.returncode, result.stdout) == (1, b"")
     assert b"no broker answers at 127.0.0.1:1" in result.stderr
+    assert b"HEADGATE_KAFKA_SECURITY_PROTOCOL: it is PLAINTEXT" in result.stderr
     assert b"check HEADGATE_KAFKA_BOOTSTRAP" in result.stderr
     assert b"Traceback" not in result.stderr
     assert time.monotonic() - started < 20

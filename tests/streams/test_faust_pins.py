@@ -88,6 +88,12 @@ SOURCES: dict[str, tuple[Any, str]] = {
     "coordinator._send_req": (coordinator.GroupCoordinator._send_req, "fa4b12e914ce"),
     "coordinator.check_errors": (coordinator.GroupCoordinator.check_errors, "ba6ca51ad348"),
     "coordinator._do_heartbeat": (coordinator.GroupCoordinator._do_heartbeat, "dc1d6632aaa6"),
+    "coordinator._heartbeat_routine": (coordinator.GroupCoordinator._heartbeat_routine, "61d010289522"),
+    "coordinator.request_rejoin": (coordinator.GroupCoordinator.request_rejoin, "f70a261c91c3"),
+    "coordinator.__coordination_routine": (
+        coordinator.GroupCoordinator._GroupCoordinator__coordination_routine,
+        "f814463c6b44",
+    ),
     "coordinator.commit_offsets": (coordinator.GroupCoordinator.commit_offsets, "5cbe31af28d6"),
     "coordinator._do_commit_offsets": (coordinator.GroupCoordinator._do_commit_offsets, "c3a3ea5613f3"),
     "coordinator._maybe_leave_group": (coordinator.GroupCoordinator._maybe_leave_group, "016cd88a16e6"),
