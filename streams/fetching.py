@@ -34,7 +34,7 @@ KEPT_BUFFER_BYTES: Final = 4 * 2**20 + 64 * 1024  # the largest usual answer (`F
 MOST_ANSWER_BYTES: Final = 256 * 2**20  # far above any answer; what other protocols say reads as 352 MB (TLS) and more
 SIZE_BYTES: Final = 4
 LAST_EPOCH: Final = 2**31 - 1
-PARTITION_RECORDS: Final = 300  # drawn of one partition at a time: the others have their turn
+PARTITION_RECORDS: Final = 100  # drawn of one partition at a time: the others have their turn
 READ_COMMITTED: Final = fetcher.READ_COMMITTED
 
 _Compiled: Any = fetcher.MemoryRecords

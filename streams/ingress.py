@@ -25,7 +25,7 @@ from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
 from schemas.upcast import Upcasters
 from schemas.wire import read_origin
 from streams.compiled import CompiledTenant, Tenants, Unknowns
-from streams.fetching import PARTITION_RECORDS, FetchedRecord
+from streams.fetching import FetchedRecord
 from streams.flight import Fan, Flight, Shared
 from streams.lanes import Lanes
 from streams.ledger import Ledger
@@ -165,9 +165,7 @@ class Router:
             return NONE
         if self._waiting >= MOST_RECORDS or self._waiting_bytes >= MOST_BYTES:
             return frozenset(self._inbox)
-        return frozenset(
-            at for at, lots in self._inbox.items() if sum([len(lot.records) for lot in lots]) >= PARTITION_RECORDS
-        )
+        return frozenset(at for at, lots in self._inbox.items() if len(lots) > 1)
 
     async def rounds(self) -> None:
         """Runs for ever; its owner cancels it."""
