@@ -60,12 +60,12 @@ class Victim:
         """Learns where the victim's record lies."""
         take = Router.take
 
-        async def look(router: Router, fetch: Fetch) -> None:
+        def look(router: Router, fetch: Fetch) -> None:
             for record in fetch.records:
                 if self.is_in(record.value):
                     self.places.add((fetch.source.topic, record.partition, record.offset))
                     on_fetch()
-            await take(router, fetch)
+            take(router, fetch)
 
         Router.take = look  # type: ignore[method-assign]
 

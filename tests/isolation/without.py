@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import routing.pace
 import streams.lanes
 import streams.pump
 from cli.worker import command
@@ -34,8 +35,9 @@ def share() -> None:
 def parking() -> None:
     """What has no room waits in its lane, however long."""
     lanes: Any = streams.lanes
-    lanes.QUEUE_AGE_S = lanes.BACKED_UP_S = math.inf
-    lanes.QUEUE_BOUND = sys.maxsize
+    pace: Any = routing.pace
+    lanes.QUEUE_AGE_S = pace.BEHIND_S = math.inf
+    lanes.QUEUE_BOUND = pace.SMALL = sys.maxsize
 
 
 def tiers() -> None:
