@@ -689,6 +689,7 @@ def test_wrong_use_exits_2_and_says_what_is_right(shell: Shell, args: list[str],
 
 
 NEEDED = {
+    "acls": ["--role", "operator", "--principal", "User:operator"],
     "destinations disable": ["--tenant", "acme", "hook"],
     "destinations enable": ["--tenant", "acme", "hook"],
     "dlq drop": ["--unrouted"],

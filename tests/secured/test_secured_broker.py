@@ -168,7 +168,7 @@ async def test_each_part_does_its_work_with_the_rights_of_its_role_alone(secured
         by_name = {check["name"]: check for check in found["checks"]}
         assert by_name["rights"]["status"] == "ok"
         assert user in by_name["rights"]["says"].rpartition(":")[2]
-        assert by_name["tenants"]["says"] == "1 tenants, whole"
+        assert by_name["tenants"]["says"] == "1 tenant, whole"
 
     # the control plane changes what there is, while the worker runs
     await secured.apply({"tenants": [*document["tenants"], secured.tenant("later", "later")]})
