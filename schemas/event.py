@@ -53,9 +53,15 @@ _decode_metadata = msgspec.json.Decoder(_Metadata).decode
 
 
 def rfc3339(at_ms: int) -> str:
-    """UTC with milliseconds: 2026-11-21T09:30:00.000Z."""
+    """UTC with milliseconds: 2026-11-21T09:30:00.000Z.
+
+    A time that no calendar has, such as a record's that a producer stamped in nanoseconds, is the last or the first.
+    """
     seconds, millis = divmod(at_ms, 1000)
-    return f"{datetime.utcfromtimestamp(seconds).isoformat()}.{millis:03d}Z"
+    try:
+        return f"{datetime.utcfromtimestamp(seconds).isoformat()}.{millis:03d}Z"
+    except (ValueError, OverflowError, OSError):
+        return "9999-12-31T23:59:59.999Z" if at_ms > 0 else "0001-01-01T00:00:00.000Z"
 
 
 def _is_rfc3339(text: str) -> bool:

@@ -7,6 +7,9 @@ from hypothesis import HealthCheck, settings
 
 from dev.stack import Stack
 from tests.deployment import Deployment
+from tests.report import pytest_addoption as pytest_addoption
+from tests.report import pytest_configure as pytest_configure
+from tests.report import report as report
 from tests.stack import stack as stack
 
 # a busy machine is no reason to fail: examples take as long as they take

@@ -36,6 +36,7 @@ class Load:
     def __init__(self, deployment: Deployment, tenants: Sequence[str], rate_per_s: int) -> None:
         self._deployment = deployment
         self._tenants = tenants
+        self.rate_per_s = rate_per_s
         self._chunk = max(1, rate_per_s // CHUNKS_PER_S)
         self._stopping = asyncio.Event()
         self.acknowledged: list[str] = []

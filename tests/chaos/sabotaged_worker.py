@@ -18,6 +18,7 @@ from streams.flight import Flight
 from streams.lanes import Lane, Lanes
 from streams.ledger import Answers, Ledger
 from streams.outbox import Outbox
+from streams.settle import Settle
 
 
 def acknowledges_early() -> None:
@@ -79,8 +80,22 @@ def sends_what_is_old() -> None:
     streams.lanes.STOPPED_S = float("inf")  # type: ignore[misc]
 
 
+def leaks() -> None:
+    """Each attempt that ends leaves 32 KiB behind, and each tenth an open descriptor."""
+    ended = Settle.ended
+    left: list[Any] = []
+
+    def leave(settle: Settle, flight: Flight) -> None:
+        ended(settle, flight)
+        left.append(b"x" * 32768)
+        if len(left) % 10 == 0:
+            left.append(open(os.devnull, "rb"))  # noqa: SIM115 - that it is not closed is the point
+
+    Settle.ended = leave  # type: ignore[method-assign]
+
+
 WAYS: Final[dict[str, Callable[[], None]]] = {
-    way.__name__: way for way in (acknowledges_early, gives_up, needs_redis, crosses_tenants, sends_what_is_old)
+    way.__name__: way for way in (acknowledges_early, gives_up, leaks, needs_redis, crosses_tenants, sends_what_is_old)
 }
 
 

@@ -228,7 +228,7 @@ def test_every_point_of_the_worker_is_in_the_matrix():
 
 
 @pytest.mark.parametrize(
-    ("wait_s", "to_the_end"), [(600, False), pytest.param(120, True, marks=pytest.mark.chaos)]
+    ("wait_s", "to_the_end"), [(600, False), pytest.param(120, True, marks=pytest.mark.chaos("R1"))]
 )  # still longer than what memory keeps when the next worker has come, which may take a while
 async def test_a_letter_that_was_sent_on_twice_is_delivered_once(stack: Stack, wait_s: int, to_the_end: bool):
     """Its wait is longer than what memory keeps: it must be sent on, which takes minutes to see end."""

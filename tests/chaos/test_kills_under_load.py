@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import sys
+from collections.abc import Callable
 
 import pytest
 from msgspec import Struct
@@ -15,6 +16,8 @@ from tests.chaos.load import POOLED, TAG, Load, all_ended
 from tests.deployment import Deployment, event, eventually, free_port
 
 pytestmark = pytest.mark.broker
+
+Report = Callable[[str], None]
 
 TENANTS = [f"t{n}" for n in range(10)]
 TWICE_A_KILL = 125  # what the bar of R1 comes to: 2.5 % of 100,000 events over 20 kills
@@ -34,8 +37,8 @@ class Size(Struct, frozen=True):
 SMALL = pytest.param(Size(2, 1000), id="small")
 
 
-def full(times: int, events: int, rate_per_s: int = 1000) -> object:
-    return pytest.param(Size(times, events, rate_per_s), id="full", marks=pytest.mark.chaos)
+def full(number: str, times: int, events: int, rate_per_s: int = 1000) -> object:
+    return pytest.param(Size(times, events, rate_per_s), id="full", marks=pytest.mark.chaos(number))
 
 
 def nobody_listens() -> str:
@@ -43,8 +46,10 @@ def nobody_listens() -> str:
     return f"redis://127.0.0.1:{free_port()}/0"
 
 
-@pytest.mark.parametrize("size", [SMALL, full(20, 100_000)])
-async def test_killed_workers_lose_nothing_and_repeat_little_under_the_same_id(stack: Stack, size: Size):
+@pytest.mark.parametrize("size", [SMALL, full("R1", 20, 100_000)])
+async def test_killed_workers_lose_nothing_and_repeat_little_under_the_same_id(
+    stack: Stack, size: Size, report: Report
+):
     async with Deployment.on(stack, **POOLED) as deployment:
         await deployment.apply({"tenants": [deployment.tenant(one) for one in TENANTS]})
         worker = await deployment.worker()
@@ -57,7 +62,7 @@ async def test_killed_workers_lose_nothing_and_repeat_little_under_the_same_id(s
                 worker = await deployment.worker()
             await load.flows(size.between, 300)
         census = await load.census()
-        print(census)
+        report(f"{size.times} kills; {census} (bar 2.5 %)")
         assert census.lost == set()
         # a machine so busy that Redis missed its deadline switched the ledger off, and it promises nothing then
         if "redis_off" not in worker.log.read_text():
@@ -85,6 +90,7 @@ async def requests_after_a_kill_behind_a_slow_neighbour(stack: Stack, **env: str
         return deployment.inbox.received("/quick")
 
 
+@pytest.mark.scoreboard("R1")
 async def test_what_a_slow_neighbour_kept_from_being_committed_comes_again_only_without_the_ledger(stack: Stack):
     with_ledger, without = await asyncio.gather(
         requests_after_a_kill_behind_a_slow_neighbour(stack),
@@ -115,6 +121,7 @@ async def delivered_after_a_kill_in_flight(stack: Stack, *, sabotaged: bool) -> 
         return {json.loads(one.body)["id"] for one in deployment.inbox.received("/hung") if one.status == 200}
 
 
+@pytest.mark.scoreboard("R1")
 async def test_what_was_in_flight_in_a_killed_worker_is_delivered_by_the_next(stack: Stack):
     """The control, which acknowledges its source before the end of the delivery, loses it."""
     real, control = await asyncio.gather(
@@ -125,8 +132,10 @@ async def test_what_was_in_flight_in_a_killed_worker_is_delivered_by_the_next(st
     assert control == {"after"}
 
 
-@pytest.mark.parametrize("size", [SMALL, full(20, 100_000)])
-async def test_a_rolling_restart_loses_nothing_and_sends_nothing_twice_though_redis_is_away(stack: Stack, size: Size):
+@pytest.mark.parametrize("size", [SMALL, full("R17", 20, 100_000)])
+async def test_a_rolling_restart_loses_nothing_and_sends_nothing_twice_though_redis_is_away(
+    stack: Stack, size: Size, report: Report
+):
     """Two static members, ended by SIGTERM in turn. Without the ledger: nothing but an orderly end prevents repeats."""
     async with Deployment.on(stack, **POOLED) as deployment:
         await deployment.apply({"tenants": [deployment.tenant(one) for one in TENANTS]})
@@ -140,10 +149,11 @@ async def test_a_rolling_restart_loses_nothing_and_sends_nothing_twice_though_re
                 workers[turn % 2] = await deployment.worker(f"w{turn % 2}", REDIS_URL=away)
             await load.flows(size.between, 300)
         census = await load.census()
-        print(census)
+        report(f"{size.times} restarts, each ended within 30 s; {census}")
         assert (census.lost, census.twice) == (set(), 0)
 
 
+@pytest.mark.scoreboard("R17")
 async def test_control_the_same_restart_by_sigkill_sends_some_twice(stack: Stack):
     async with Deployment.on(stack, **POOLED) as deployment:
         await deployment.apply({"tenants": [deployment.tenant(one) for one in TENANTS]})
@@ -160,8 +170,10 @@ async def test_control_the_same_restart_by_sigkill_sends_some_twice(stack: Stack
         assert census.twice > 0
 
 
-@pytest.mark.parametrize("size", [pytest.param(Size(1, 1000), id="small"), full(20, 100_000)])
-async def test_workers_that_join_leave_and_stall_lose_nothing_and_repeat_little(stack: Stack, size: Size):
+@pytest.mark.parametrize("size", [pytest.param(Size(1, 1000), id="small"), full("R2", 20, 100_000)])
+async def test_workers_that_join_leave_and_stall_lose_nothing_and_repeat_little(
+    stack: Stack, size: Size, report: Report
+):
     """The second one has no stable name: it leaves when it ends. In the full size it also hangs, and is killed.
 
     The controls are the two tests that follow: of what waits in one that stalls, and of what was sent and is not
@@ -188,7 +200,7 @@ async def test_workers_that_join_leave_and_stall_lose_nothing_and_repeat_little(
                         assert await other.terminate(30) == 0
                 await load.flows(size.between, 300)
         census = await load.census()
-        print(census)
+        report(f"{size.times} times joined and left; {census} (bar 5 %)")
         assert census.lost == set()
         assert census.twice <= 0.05 * census.published
         assert census.renamed == set()
@@ -240,6 +252,7 @@ async def stopped_for_longer_than_its_session(stack: Stack, way: str) -> Zombie:
         )
 
 
+@pytest.mark.scoreboard("R2")
 async def test_a_worker_that_stood_still_sends_nothing_of_what_others_have_sent_meanwhile(stack: Stack):
     """But for the one in flight, which nobody can know of. The control sends what waited in its lane."""
     real, control = await asyncio.gather(

@@ -159,7 +159,7 @@ async def test_without_the_budget_the_same_load_takes_more_than_the_limit(stack:
             )
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos("memory")
 @pytest.mark.timeout(1800)
 async def test_512_mib_are_enough_for_10_000_destinations_of_which_1_000_hang(stack: Stack) -> None:
     seen = await _all_others_are_delivered(stack, FULL)

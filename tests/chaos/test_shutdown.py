@@ -40,7 +40,7 @@ async def test_sigterm_lets_what_is_in_flight_end_parks_the_rest_and_exits_0(dep
     assert len(deployment.inbox.received("/acme")) == 11
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos("R17")
 async def test_the_longest_hang_that_can_be_configured_still_ends_in_good_order_within_30_s(deployment: Deployment):
     await deployment.apply({"tenants": [hanging(deployment, "25s")]})
     worker = await deployment.worker()
@@ -66,7 +66,7 @@ async def test_a_second_signal_ends_it_at_once_with_exit_1_and_commits_nothing_o
     assert set(deployment.committed("route", topic).values()) <= {-1, 0}
 
 
-@pytest.mark.parametrize("limit", ["6s", pytest.param("30s", marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("limit", ["6s", pytest.param("30s", marks=pytest.mark.chaos("R17"))])
 async def test_sigterm_while_the_broker_is_away_ends_in_time_with_exit_1(breakable: Stack, limit: str):
     async with Deployment.on(embedded.up(breakable.dir)) as deployment:
         await deployment.apply({"tenants": [hanging(deployment, "1s")]})

@@ -30,7 +30,7 @@ FULL = settings(COMMON, max_examples=60, stateful_step_count=40, phases=[Phase.g
     "size",
     [
         pytest.param(SMALL, id="small"),
-        pytest.param(FULL, id="full", marks=[pytest.mark.chaos, pytest.mark.timeout(7200)]),
+        pytest.param(FULL, id="full", marks=[pytest.mark.chaos("whole path"), pytest.mark.timeout(7200)]),
     ],
 )
 def test_every_event_is_accounted_for_and_none_crosses_whatever_is_done_in_any_order(

@@ -14,7 +14,7 @@ from config.writer import read_current
 from dev.stack import Stack
 from schemas.ids import ExternalId, Vendor
 
-pytestmark = [pytest.mark.broker, pytest.mark.chaos]
+pytestmark = [pytest.mark.broker, pytest.mark.chaos("kills")]
 
 TENANT = """\
 vendor: {vendor}

@@ -106,6 +106,7 @@ async def _attempt(way: str, text: str, allow: Sequence[Any]) -> tuple[Guarded, 
     return door, fault
 
 
+@pytest.mark.scoreboard("R14")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("text", VECTORS["block"])
 async def test_no_socket_is_opened_to_a_blocked_address(text: str, way: str) -> None:
@@ -114,6 +115,7 @@ async def test_no_socket_is_opened_to_a_blocked_address(text: str, way: str) -> 
     assert set(door.blocked) == {ACME}
 
 
+@pytest.mark.scoreboard("R14")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("text", ["127.0.0.1", "169.254.169.254", "::1", "fd00:ec2::254", "64:ff9b::a9fe:a9fe"])
 async def test_with_the_guard_open_the_same_ways_reach_the_socket_factory(text: str, way: str) -> None:
@@ -133,6 +135,7 @@ async def test_public_addresses_are_dialled(text: str, way: str) -> None:
     assert door.blocked == []
 
 
+@pytest.mark.scoreboard("R14")
 @pytest.mark.parametrize("url", VECTORS["literals_that_mean_loopback"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_every_spelling_of_loopback_is_blocked(url: str, scheme: str) -> None:
@@ -142,6 +145,7 @@ async def test_every_spelling_of_loopback_is_blocked(url: str, scheme: str) -> N
     door.egress.close()
 
 
+@pytest.mark.scoreboard("R14")
 async def test_a_redirect_to_a_blocked_address_is_not_followed() -> None:
     for text in VECTORS["block"]:
         location = _url(text, "http").encode()

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import random
 import tracemalloc
+from collections.abc import Callable
 
 import pytest
 
@@ -166,7 +167,11 @@ async def test_what_is_not_http_is_a_fault_of_the_destination(egress: Egress, ga
         assert (answer.status, answer.fault) == (0, "protocol")
 
 
-async def test_two_thousand_random_answers_harm_nothing(egress: Egress) -> None:
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("rounds", [40, pytest.param(1000, marks=pytest.mark.chaos("fuzz"))])
+async def test_random_answers_over_real_sockets_harm_nothing(
+    egress: Egress, rounds: int, report: Callable[[str], None]
+) -> None:
     """Bytes at random and legal answers with bytes changed, cut into pieces; every request ends, and an honest far
     side beside them is served after each."""
     dice = random.Random(20261121)
@@ -198,11 +203,12 @@ async def test_two_thousand_random_answers_harm_nothing(egress: Egress) -> None:
         target = aim(egress, f"http://127.0.0.1:{fuzz.port}/")
         honest = aim(egress, f"http://127.0.0.1:{receiver.port}/")
         seen = set()
-        for _ in range(40):
+        for _ in range(rounds):
             for answer in await asyncio.gather(*[begin(target, timeout_s=5) for _ in range(50)]):
                 assert (answer.status == 0) == (answer.fault != "")
                 seen.add(answer.fault)
             assert (await post(honest)).status == 200
+        report(f"{50 * rounds:,} answers, none unhandled")
         assert seen >= {"", "protocol", "reset"}
         await until(lambda: egress.http.connections == 1)
         assert receiver.connections == 1

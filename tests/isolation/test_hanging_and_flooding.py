@@ -6,8 +6,9 @@ same through a worker without the safeguard (`without.py`).
 
 import asyncio
 import sys
+import time
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from dev.inbox import Hang, Inbox
+from dev.inbox import Hang, Inbox, Ok, RemoteInbox
+from schemas.ids import DEFAULT_VENDOR
 from tests.connectors.receiver import Peer, Receiver, Script
 from tests.deployment import Deployment, Worker, event, eventually
+from tests.isolation.ages import Others, p99
 
 pytestmark = pytest.mark.broker
 
@@ -92,6 +95,7 @@ async def test_one_hanging_tenant_of_twenty_holds_up_no_delivery_of_the_others(d
     assert all(len(deployment.inbox.received(f"/{name}")) == 20 for name in others)
 
 
+@pytest.mark.scoreboard("R5")
 async def test_without_the_fair_share_a_hanging_tenant_holds_up_all(deployment: Deployment) -> None:
     """The control of the test above."""
     others = [f"t{n}" for n in range(19)]
@@ -122,6 +126,50 @@ async def test_fifty_hanging_destinations_of_four_hundred_hold_up_no_delivery_of
     assert at_the_others(deployment.inbox, others) == 350
 
 
+def slowed(ages_ms: Mapping[tuple[str, str], Sequence[float]]) -> tuple[float, float]:
+    """The others' p99 in the quiet periods and in the one between them."""
+    of: dict[str, list[float]] = {}
+    for (period, _), ages in ages_ms.items():
+        of.setdefault(period, []).extend(ages)
+    return p99(of["before"] + of["after"]), p99(of["during"])
+
+
+def told(quiet: float, during: float) -> str:
+    return f"p99 of the others {quiet:.1f} ms without, {during:.1f} ms with (bar +10 % or 5 ms)"
+
+
+@pytest.mark.chaos("R5")
+@pytest.mark.timeout(1200)
+async def test_p99_of_49_tenants_is_hardly_later_while_the_fiftieth_hangs(
+    deployment: Deployment, report: Callable[[str], None]
+) -> None:
+    """100,000 events of the others, half of them while ten a second are published that hang for 15 s each: twice the
+    pool. The quiet halves before and after have the same load, of which all is answered."""
+    pool, for_s = 64, 25.0
+    hung = hanging(deployment, "hung", 15, retry={"schedule": ["0s"]})
+    async with Others.of(deployment, 49, 1000) as others:
+        deployment.inbox.script("/hung", Ok())
+        await deployment.apply({"tenants": [hung, *others.tenants()]})
+        worker = await deployment.worker(IN_FLIGHT=str(pool), TENANT_LABEL="tenant")
+
+        def among(period: str) -> Callable[[int], Sequence[Any]]:
+            return lambda chunk: [] if chunk % 5 else [("hung", event(f"{period}-{chunk}"))]
+
+        await others.publish("warm", 5, among=among("warm"))
+        await others.publish("before", for_s, among=among("before"))
+        deployment.inbox.script("/hung", Hang())
+        await others.publish("during", 2 * for_s, among=among("during"))
+        assert worker.metric("headgate_in_flight", tenant="hung") >= 1
+        deployment.inbox.script("/hung", Ok())
+        deployment.inbox.cut()
+        await eventually(lambda: worker.metric("headgate_in_flight", tenant="hung") == 0, "nothing hangs any more")
+        await others.publish("after", for_s, among=among("after"))
+        await others.arrived()
+        quiet, during = slowed(others.ages_ms())
+        report(f"{others.published:,} events of the others, all delivered; {told(quiet, during)}")
+        assert during <= max(1.1 * quiet, quiet + 5)
+
+
 # ---------------------------------------------------------------- R6: floods
 
 
@@ -144,6 +192,54 @@ async def test_a_tenant_that_dumps_its_events_holds_up_nobody_in_its_partition(s
         assert len(deployment.dead_letters("hung")) == 0
 
 
+@pytest.mark.chaos("R6")
+@pytest.mark.timeout(1200)
+async def test_a_dump_of_100_000_events_delays_others_little_and_its_partition_by_its_routing(
+    deployment: Deployment, report: Callable[[str], None]
+) -> None:
+    async with Others.of(deployment, 40, 500) as others:
+        with RemoteInbox.spawn(count_only=True) as receiver:
+            dump = deployment.tenant("dump")
+            dump["destinations"][0]["options"]["url"] = receiver.url("/dump")
+            await deployment.apply({"tenants": [dump, *others.tenants()]})
+            worker = await deployment.worker(TENANT_LABEL="tenant")
+            await others.publish("warm", 5)
+            await others.publish("quiet", 60)
+            process = psutil.Process(worker.process.pid)
+
+            def cpu_s() -> float:
+                times = process.cpu_times()
+                return float(times.user + times.system)
+
+            began, used = time.monotonic(), cpu_s()
+
+            async def routed() -> tuple[float, float]:
+                await deployment.publish([("dump", event(f"d{n}")) for n in range(100_000)])
+                await eventually(
+                    lambda: worker.metric("headgate_events_total", tenant="dump", result="routed") >= 100_000,
+                    "the dump is routed",
+                    300,
+                )
+                return time.monotonic() - began, cpu_s() - used
+
+            (took_s, took_cpu_s), _ = await asyncio.gather(routed(), others.publish("dump", 60))
+            await others.arrived()
+            await eventually(lambda: receiver.stats().accepted == 100_000, "the dump is delivered", 300)
+        at = {one.key: one.partition for one in deployment.read(deployment.settings.topics.ingress(DEFAULT_VENDOR))}
+        ages: dict[tuple[str, bool], list[float]] = {}
+        for (period, tenant), found in others.ages_ms().items():
+            ages.setdefault((period, at[tenant.encode()] == at[b"dump"]), []).extend(found)
+        quiet, during, same = p99(ages["quiet", False]), p99(ages["dump", False]), max(ages["dump", True])
+        report(
+            f"other partitions: p99 {quiet:.1f} ms before, {during:.1f} ms over the 60 s of the dump (bar twice); the "
+            f"same one: at most {same / 1000:.1f} s late; the dump was routed within {took_s:.1f} s, the worker's CPU "
+            f"{took_cpu_s:.1f} s with what was delivered meanwhile"
+        )
+        assert during <= 2 * quiet
+        assert same <= took_s * 1000 + quiet
+
+
+@pytest.mark.scoreboard("R6")
 async def test_without_parking_a_tenant_that_dumps_its_events_stops_its_partition(stack: Any) -> None:
     """The control of the test above."""
     async with Deployment.on(stack, HEADGATE_INGRESS_PARTITIONS="1") as deployment:
@@ -247,6 +343,43 @@ async def test_far_sides_that_talk_for_ever_cost_bounded_memory_and_hold_up_nobo
         assert "connector_bug" not in worker.log.read_text()
 
 
+@pytest.mark.chaos("R8")
+@pytest.mark.timeout(1200)
+async def test_p99_of_the_others_is_hardly_later_while_far_sides_talk_for_ever(
+    deployment: Deployment, report: Callable[[str], None]
+) -> None:
+    """100,000 events of the others, half of them while ten a second go to those that mean harm."""
+    async with hostile() as receivers, Others.of(deployment, 43, 1000) as others:
+        tenants = others.tenants()
+        for name, (receiver, _) in receivers.items():
+            tenant = deployment.tenant(name, retry={"schedule": ["0s"]})
+            tenant["destinations"][0]["options"] = {"url": f"http://127.0.0.1:{receiver.port}/", "timeout": "4s"}
+            tenants.append(tenant)
+        await deployment.apply({"tenants": tenants})
+        worker = await deployment.worker(IN_FLIGHT=str(4 * POOL))
+        process, names = psutil.Process(worker.process.pid), sorted(receivers)
+
+        def harm(chunk: int) -> Sequence[Any]:
+            return [] if chunk % 5 else [(names[chunk // 5 % len(names)], event(f"h{chunk}"))]
+
+        await others.publish("warm", 5)
+        await others.publish("before", 25)
+        before = process.memory_info().rss
+        await others.publish("during", 50, among=harm)
+        grown = process.memory_info().rss - before
+        await eventually(lambda: worker.metric("headgate_in_flight") == 0, "what talks has been cut off")
+        await others.publish("after", 25)
+        await others.arrived()
+        quiet, during = slowed(others.ages_ms())
+        report(
+            f"{others.published:,} events of the others, all delivered; {told(quiet, during)}; "
+            f"{grown / MIB:+.0f} MiB (bar 48)"
+        )
+        assert grown < 48 * MIB
+        assert during <= max(1.1 * quiet, quiet + 5)
+
+
+@pytest.mark.scoreboard("R8")
 async def test_a_reader_without_bounds_takes_all_that_those_far_sides_say() -> None:
     """The control of the test above: what comes is not bounded by the far side."""
     async with hostile() as receivers:

@@ -6,7 +6,8 @@ twice and no good event among it passes.
 
 import asyncio
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import pytest
@@ -24,7 +25,6 @@ from tests.schema_registry import FarRegistry
 pytestmark = pytest.mark.broker
 
 MIB: Final = 1 << 20
-GOOD: Final = 3000
 
 
 class Poison(Struct, frozen=True):
@@ -159,27 +159,42 @@ async def _unrouted(deployment: Deployment, count: int) -> dict[str, Read]:
     return found
 
 
-async def test_all_poison_is_unrouted_and_all_good_events_arrive(deployment: Deployment) -> None:
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("events", "times"), [(3000, 1), pytest.param(100_000, 23, marks=pytest.mark.chaos("R10"))], ids=["small", "full"]
+)
+async def test_all_poison_is_unrouted_and_all_good_events_arrive(
+    deployment: Deployment, events: int, times: int, report: Callable[[str], None]
+) -> None:
+    """`times` of each poison; in full size one record of a hundred is poison."""
     await deployment.apply({"tenants": [deployment.tenant("acme"), deployment.tenant("acme2")]})
     async with FarRegistry() as far:
         for schema in SCHEMAS:
             far.register(schema)
-        await _among_good_events(deployment, far)
+        await _among_good_events(deployment, far, events, times, report)
 
 
-async def _among_good_events(deployment: Deployment, far: FarRegistry) -> None:
+async def _among_good_events(
+    deployment: Deployment, far: FarRegistry, events: int, times: int, report: Callable[[str], None]
+) -> None:
     worker = await deployment.worker(SCHEMA_REGISTRY_URL=far.url)
     await asyncio.to_thread(_raise_limit, deployment, 8 * MIB)
-    pace = GOOD // 10
-    good = [(t, event(f"{t}-{n}")) for n in range(GOOD // 2) for t in ("acme", "acme2")]
+    steps = 10 * times
+    pace = events // steps
+    good = [(t, event(f"{t}-{n}")) for n in range(events // 2) for t in ("acme", "acme2")]
     written: dict[str, Poison] = {}
-    share = -(-len(POISON) // 10)
-    for step in range(10):
+    poison = POISON * times
+    share = -(-len(poison) // steps)
+    for step in range(steps):
         await deployment.publish(good[step * pace : (step + 1) * pace])
-        written |= await asyncio.to_thread(_write, deployment, POISON[step * share : (step + 1) * share])
+        for tenant in ("acme", "acme2"):  # no faster than they arrive: what has to be parked may wait for minutes
+            await deployment.inbox.wait_for(f"/{tenant}", (step - 1) * pace // 2, 120)
+        written |= await asyncio.to_thread(_write, deployment, poison[step * share : (step + 1) * share])
+    await deployment.publish(good[steps * pace :])
     written |= await asyncio.to_thread(_write, deployment, [Poison("5 MB", "too_large", BIG)])
-    await asyncio.gather(*(deployment.inbox.wait_for(f"/{t}", GOOD // 2, 60) for t in ("acme", "acme2")))
+    await asyncio.gather(*(deployment.inbox.wait_for(f"/{t}", events // 2, 300) for t in ("acme", "acme2")))
     letters = await _unrouted(deployment, len(written))
+    report(f"{events:,} good events delivered, {len(letters):,} of {len(written):,} poisonous ones unrouted")
     await deployment.all_committed()
     assert set(letters) == set(written)
     for origin, record in written.items():
@@ -209,12 +224,25 @@ async def _among_good_events(deployment: Deployment, far: FarRegistry) -> None:
         )
     assert worker.process.poll() is None
     assert worker.metric("headgate_events_total", result="unrouted") == len(written)
-    assert worker.metric("headgate_events_total", result="routed") == GOOD
+    assert worker.metric("headgate_events_total", result="routed") == events
     log = worker.log.read_text()
     assert '"poison"' not in log  # none of it needed the guard
     assert "xxxxx" not in log
 
 
+@pytest.mark.scoreboard("R10")
+async def test_poison_that_is_acknowledged_and_not_kept_is_missed(deployment: Deployment) -> None:
+    """The control of the test above."""
+    await deployment.apply({"tenants": [deployment.tenant("acme")]})
+    await deployment.launch(command=(sys.executable, "-m", "tests.isolation.without", "keeping")).ready()
+    await asyncio.to_thread(_write, deployment, POISON[:5])
+    await deployment.publish([("acme", event("good"))])
+    await deployment.inbox.wait_for("/acme", 1, 30)
+    await deployment.all_committed()
+    assert deployment.unrouted() == []
+
+
+@pytest.mark.scoreboard("R10")
 async def test_five_megabytes_that_pass_the_usual_limit_as_zstd_are_unrouted_as_a_stub(deployment: Deployment) -> None:
     await deployment.apply({"tenants": [deployment.tenant("acme")]})
     await deployment.worker()
@@ -230,6 +258,7 @@ async def test_five_megabytes_that_pass_the_usual_limit_as_zstd_are_unrouted_as_
     await deployment.all_committed()
 
 
+@pytest.mark.scoreboard("R10")
 async def test_a_key_of_five_megabytes_holds_nothing_up(deployment: Deployment) -> None:
     await deployment.apply({"tenants": [deployment.tenant("acme")]})
     await deployment.worker()

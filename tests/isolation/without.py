@@ -17,6 +17,8 @@ from routing.policy import Look
 from routing.share import Seat, Share
 from schemas.attempt import PURPOSE_DELIVERY
 from schemas.ids import ExternalId, TenantRef, Vendor
+from streams.flight import Source
+from streams.settle import Settle
 
 
 def share() -> None:
@@ -70,12 +72,22 @@ def binding() -> None:
     Vault.seal, Vault.open = seal_alike, open_alike  # type: ignore[method-assign]
 
 
+def keeping() -> None:
+    """What cannot be routed is acknowledged, and kept nowhere."""
+
+    def drop(self: Settle, *_: Any, source: Source, offset: int, **__: Any) -> None:
+        source.settled((offset,))
+
+    Settle.unrouted = drop  # type: ignore[method-assign]
+
+
 SAFEGUARDS: dict[str, Callable[[], None]] = {
     "share": share,
     "parking": parking,
     "tiers": tiers,
     "waits": waits,
     "binding": binding,
+    "keeping": keeping,
 }
 
 if __name__ == "__main__":

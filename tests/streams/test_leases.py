@@ -109,7 +109,7 @@ def park(deployment: Deployment, count: int, due_ms: int) -> None:
     assert producer.flush(30) == 0
 
 
-@pytest.mark.chaos
+@pytest.mark.chaos("rates")
 @pytest.mark.parametrize("redis", ["there", "away"])
 async def test_two_workers_keep_to_a_rate_together(deployment: Deployment, redis: str) -> None:
     """`away` is the control: a worker that never could count the others takes itself for the only one."""
