@@ -40,6 +40,7 @@ class Load:
         self._chunk = max(1, rate_per_s // CHUNKS_PER_S)
         self._stopping = asyncio.Event()
         self.acknowledged: list[str] = []
+        self.published: Counter[str] = Counter()  # by tenant, all acknowledged
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Load"]:
@@ -55,12 +56,13 @@ class Load:
         number = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            ids = [f"e{number + n}" for n in range(self._chunk)]
+            numbers = range(number, number + self._chunk)
             number += self._chunk
-            tenants = self._tenants
-            events = [(tenants[(number + n) % len(tenants)], event(one)) for n, one in enumerate(ids)]
-            await self._deployment.publish(events)
+            ids = [f"e{n}" for n in numbers]
+            tenants = [self._tenants[n % len(self._tenants)] for n in numbers]
+            await self._deployment.publish([(tenant, event(one)) for tenant, one in zip(tenants, ids, strict=True)])
             self.acknowledged += ids
+            self.published.update(tenants)
             left_s = began + 1 / CHUNKS_PER_S - time.monotonic()
             if left_s > 0:  # the pace of the load itself
                 await asyncio.sleep(left_s)

@@ -165,8 +165,7 @@ async def soaked(
             process = psutil.Process(worker.process.pid)
             extra = 0 if scene.rate_per_s else 2 * BURST
             most = scene.rate_per_s or await sustained_per_s(deployment, inbox) / 2
-            turn = in_turn()
-            load = Load(deployment, turn, int(min(most, MOST_PER_S)))
+            load = Load(deployment, in_turn(), int(min(most, MOST_PER_S)))
             samples: list[Sample] = []
             cpu, began = process.cpu_times(), time.monotonic()
             psutil.cpu_percent()
@@ -182,22 +181,21 @@ async def soaked(
             used, machine = process.cpu_times(), psutil.cpu_percent()
             busy = (used.user + used.system - cpu.user - cpu.system) / (time.monotonic() - began)
             await all_ended(deployment, 900)
-            published = Counter(turn[n % len(turn)] for n in range(len(load.acknowledged)))
             paths = inbox.stats().paths
             letters = Counter(one.headers["hg-tenant"].decode() for one in deployment.dead_letters(TAG))
             kept = sum(paths[f"/{name}"].accepted for name in (*HEALTHY, *SHARES))
-            lost = published.total() + extra - kept - letters.total()
+            lost = load.published.total() + extra - kept - letters.total()
             twice = sum(one.duplicates for one in paths.values())
             say(
                 f"{scene.for_s:,.0f} s at {len(load.acknowledged) / scene.for_s:,.0f} events/s"
                 + (f" (the rig sustained {2 * most:,.0f})" if extra else "")
                 + f", the worker {busy:.0%} of a core, the machine {machine:.0f} % busy; "
-                f"{published.total() + extra:,} events, lost {lost}, twice {twice}, "
+                f"{load.published.total() + extra:,} events, lost {lost}, twice {twice}, "
                 f"{letters.total():,} dead letters; from the middle to the end: "
                 + ", ".join("{} {:+,.1f} of {:,.0f}".format(name, *growth(samples, name)) for name in scene.flat)
             )
             assert (lost, twice) == (0, 0)
-            assert letters == {name: published[name] for name in DEAD}
+            assert {name: letters[name] for name in DEAD} == {name: load.published[name] for name in DEAD}
             assert worker.metric("headgate_attempts_total", code="timeout") > 0
             assert worker.metric("headgate_attempts_total", code="throttled") > 0
             assert worker.metric("headgate_attempts_total", verdict="retry", code="server_error") > 0
