@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from routing.policy import MAX_PARK_S
+
 BEHIND_S: Final = 1.0  # what waits longer than this, or at its pace will, is behind
 SMALL: Final = 64  # so few waiting are no backlog, however slow the destination
 STARTED_IN_TIME_S: Final = 4.0  # of its recent work may wait: nothing waits longer than 5 s (design, section 3, rule 5)
@@ -53,6 +55,14 @@ class Pace:
     def rested(self, now: float) -> bool:
         """Nothing had to be turned away of late."""
         return self.full_at < now - BEHIND_S
+
+    def through_s(self, parked: int) -> float:
+        """How long until so many have gone through at its recent pace, 0 where that is not known; at most 5 min.
+
+        A second in which the worker got no processor makes hours of a second's backlog: what is due too early costs a
+        write, what is due too late is late.
+        """
+        return min(parked / self.per_s, MAX_PARK_S) if self.per_s else 0.0
 
     def bound(self, most: int) -> int:
         """How many may wait: while behind, no more than will have been started in time."""

@@ -278,11 +278,11 @@ class Lanes:
             self._settle.park(flight, "draining")
 
     def _park_for_room(self, flight: Flight, now: float) -> None:
-        """Its own reason ends when what is parked has gone through at the destination's recent rate."""
+        """Its own reason ends when what is parked has gone through at the destination's recent pace."""
         lane = flight.lane
         lane.pace.full_at = now
         lane.backlog += 1
-        until_ms = _wall_ms(lane.backlog / lane.pace.per_s) if lane.pace.per_s else 0
+        until_ms = _wall_ms(lane.pace.through_s(lane.backlog))
         self._settle.park(flight, "lane_full" if lane.rate is None else "rate", until_ms)
 
     def came_back(self, lane: Lane) -> None:

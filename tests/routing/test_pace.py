@@ -119,3 +119,14 @@ def test_while_behind_no_more_may_wait_than_will_be_started_in_time() -> None:
     assert idle.bound(MOST) == MOST
     after(2, looks(idle, 0, 500))
     assert idle.bound(MOST) == SMALL
+
+
+def test_what_waits_for_room_is_planned_by_the_recent_pace_but_for_five_minutes_at_most() -> None:
+    """A worker that got no processor for a while has seen one delivery end in two seconds of it."""
+    pace = Pace()
+    assert pace.through_s(1000) == 0  # nothing is known yet
+    pace.completed(100.0)
+    pace.completed(102.0)
+    assert pace.per_s == 0.5
+    assert pace.through_s(10) == 20
+    assert pace.through_s(1000) == 300
