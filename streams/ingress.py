@@ -39,6 +39,7 @@ log = structlog.get_logger()
 
 ROUND_RECORDS: Final = 600
 ROUND_BYTES: Final = 4 * 2**20
+AVRO_S: Final = 0.1  # that a round may read Avro
 MOST_RECORDS: Final = 2 * ROUND_RECORDS  # waiting for their round, of all partitions
 MOST_BYTES: Final = ROUND_BYTES
 NONE: Final[frozenset[tuple[str, int]]] = frozenset()
@@ -76,16 +77,19 @@ class _Routed(Struct, gc=False):
 
 
 class _Round(Struct, gc=False):
-    """What a round has decoded so far. `avro_bytes`: the JSON that Avro records have become, which can be far more
-    than the records that a round is bounded by."""
+    """What a round has decoded so far.
+
+    `avro`: what part of a round its Avro records have taken up, since a few bytes can stand for a megabyte of JSON, and
+    for half a second of reading even where they are refused. A round of `ROUND_BYTES` or `AVRO_S` is whole.
+    """
 
     routed: list[_Routed]
     digests: list[bytes]
-    avro_bytes: int = 0
+    avro: float = 0.0
 
 
 class Router:
-    """Rounds over what the agent took. `take` waits only for room in this worker, never for a destination."""
+    """Rounds over what the agent took. They wait only for room in this worker, never for a destination."""
 
     def __init__(
         self,
@@ -193,7 +197,9 @@ class Router:
             del lots, lot  # or their records stay in memory until the next ones come
 
     async def _asked(self, records: Sequence[tuple[Lot, Record]]) -> None:
-        await self._round(records, asked=True)
+        for first in range(0, len(records), ROUND_RECORDS):
+            await self._lanes.room.wait()
+            await self._round(records[first : first + ROUND_RECORDS], asked=True)
 
     async def _schema_told(self, records: Sequence[tuple[Lot, Record]], problem: Problem | None) -> None:
         if problem is None:
@@ -215,8 +221,10 @@ class Router:
             except Exception as fault:  # the poison guard: whatever a record provokes, it is kept and the rest go on
                 log.error("poison", origin=f"{lot.origin}{record.offset}", fault=type(fault).__name__)
                 self._unrouted(lot, record, "malformed", f"could not be routed: {type(fault).__name__}")
-            if decoded.avro_bytes > ROUND_BYTES:
-                await self._admit(decoded)
+            if decoded.avro > 1.0:
+                if decoded.routed:
+                    await self._admit(decoded)
+                await asyncio.sleep(0)  # all else in this process has its turn, though there be room at once
                 await self._lanes.room.wait()
                 decoded = _Round([], [])
         if decoded.routed:
@@ -294,11 +302,10 @@ class Router:
         if isinstance(event, Problem):
             if not value or value[0] != MAGIC:  # no JSON begins with it: so only here it is looked for Avro
                 return self._unrouted(lot, record, event.code, event.detail)
-            text = self._read_avro(lot, record, value)
+            text = self._read_avro(lot, record, value, decoded)
             if text is None:
                 return None
             size = len(text)
-            decoded.avro_bytes += size
             event = self._decode(
                 text, tenant.ref.tenant, lot.place, record.offset, record.timestamp, self._max_event_bytes
             )
@@ -318,7 +325,7 @@ class Router:
         decoded.routed.append(_Routed(tenant, event, lot, record, matching, size))
         return None
 
-    def _read_avro(self, lot: Lot, record: Record, value: bytes) -> bytes | None:
+    def _read_avro(self, lot: Lot, record: Record, value: bytes, decoded: _Round) -> bytes | None:
         """The JSON of an Avro record; None for one that is unrouted, or waits for its schema."""
         number = schema_id(value)
         if number is None:
@@ -329,11 +336,17 @@ class Router:
         if found is None:
             self._schemas.wait(number, (lot, record), len(value))
             return None
-        read = found if isinstance(found, Problem) else found(value, self._max_event_bytes)
-        if isinstance(read, Problem):
-            self._unrouted_avro(lot, record, read)
+        if isinstance(found, Problem):
+            self._unrouted_avro(lot, record, found)
             return None
-        return read
+        began = time.monotonic()
+        text = found(value, self._max_event_bytes)
+        decoded.avro += (time.monotonic() - began) / AVRO_S
+        if isinstance(text, Problem):
+            self._unrouted_avro(lot, record, text)
+            return None
+        decoded.avro += len(text) / ROUND_BYTES
+        return text
 
     def _not_routable(self, lot: Lot, record: Record, tenant: CompiledTenant | None, asked: bool) -> None:
         """What has no tenant that its events can be routed for now, or nothing to be routed."""

@@ -33,6 +33,7 @@ PATIENCE_S: Final = 30.0
 ABSENT_FOR_S: Final = 10.0  # what the registry has no Avro schema for is asked for again after that time
 MAX_ABSENT: Final = 1000
 MAX_ANSWER_BYTES: Final = 4 * MAX_SCHEMA_BYTES  # a schema is a JSON text inside of one
+AT_A_TIME: Final = 600  # of what waited, once there is an answer: as many as a round has (`ingress.py`)
 MAX_KEPT_BYTES: Final = 16 * 2**20  # of schemas as text
 SAY_AGAIN_S: Final = 30.0
 
@@ -162,7 +163,7 @@ class Schemas(Generic[T]):
         max_bytes: int,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`answered` gets what waited: to look again, or with what is wrong with it for good.
+        """`answered` gets what waited, `AT_A_TIME`: to look again, or with what is wrong with it for good.
 
         `max_bytes` bounds what waits: beyond, who adds is to wait for `room`; but once the registry is known to be
         away, nothing more waits for it. `patience_s`: how long each waits.
@@ -267,9 +268,12 @@ class Schemas(Generic[T]):
         return None
 
     async def _release(self, waited: Sequence[_Waiting[T]], problem: Problem | None) -> None:
-        self.held_bytes -= sum([one.size for one in waited])
-        self._note_room()
-        await self._answered([one.item for one in waited], problem)
+        for first in range(0, len(waited), AT_A_TIME):
+            some = waited[first : first + AT_A_TIME]
+            await self._answered([one.item for one in some], problem)
+            self.held_bytes -= sum([one.size for one in some])
+            self._note_room()
+            await asyncio.sleep(0)  # what is wrong for good is told without waiting for anything
 
     def _note_room(self) -> None:
         if self._away or self.held_bytes <= self._max_bytes:

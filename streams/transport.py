@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -378,16 +378,16 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     def _on_fenced(self, fault: FencedInstance) -> None:
         self.parent_loop.call_soon_threadsafe(self.consumer.fail, fault)
 
-    async def draw(self, timeout_s: float, max_records: int, full: Container[tuple[str, int]] = ()) -> _Drawn:
+    async def draw(self, timeout_s: float, max_records: int, full: frozenset[tuple[str, int]]) -> _Drawn:
         """Records that aiokafka has fetched, none of those in `full`; waits up to `timeout_s`. Raises KafkaError."""
         return cast(_Drawn, await self.call_thread(self._draw, timeout_s, max_records, full))
 
-    async def _draw(self, timeout_s: float, max_records: int, full: Container[tuple[str, int]]) -> _Drawn:
+    async def _draw(self, timeout_s: float, max_records: int, full: frozenset[tuple[str, int]]) -> _Drawn:
         consumer = self._healthy_consumer()
         fetcher = consumer._fetcher
-        wanted = [at for at in consumer.assignment() if at not in full] if full else None  # None: all
+        wanted = consumer.assignment() - full if full else None  # None: all
         with _polling(fetcher._subscriptions):
-            if wanted == []:
+            if wanted is not None and not wanted:
                 await asyncio.sleep(timeout_s)
                 records = {}
             else:

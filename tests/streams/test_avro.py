@@ -168,6 +168,26 @@ async def test_a_small_record_that_becomes_a_large_event_counts_as_what_it_becom
     )
 
 
+async def test_records_that_are_long_to_read_do_not_stop_a_worker_until_all_are_read(
+    deployment: Deployment, far: FarRegistry
+) -> None:
+    """Ten bytes that declare 10^9 records without a field: each takes long until it is refused."""
+    empty = {"type": "record", "name": "Empty", "fields": []}
+    fields = [{"name": "eventType", "type": "string"}, {"name": "payload", "type": {"type": "array", "items": empty}}]
+    number = far.register({"type": "record", "name": "Event", "fields": fields})
+    await deployment.apply({"tenants": [deployment.tenant("acme")]})
+    worker = await avro_worker(deployment, far)
+    hostile = b"\x00" + number.to_bytes(4, "big") + b"\x02t" + b"\x80\xa8\xd6\xb9\x07"
+    count = 24
+    await deployment.publish([("acme", hostile)] * count)
+    seen = await eventually(
+        lambda: worker.metric("headgate_events_total", result="unrouted"), "it answers once some are read"
+    )
+    assert seen < count  # while others are still to be read
+    await deployment.all_committed()
+    assert [one.headers["hg-error"] for one in deployment.unrouted()] == [b"too_large"] * count
+
+
 # ---------------------------------------------------------------- upcasters
 
 

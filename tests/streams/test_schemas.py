@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from config.settings import SchemaRegistrySettings
 from schemas.avro.reader import MAX_SCHEMA_BYTES
 from schemas.event import Problem
-from streams.schemas import MAX_KEPT_BYTES, QUESTIONS_AT_A_TIME, NoAnswer, SchemaRegistry, Schemas
+from streams.schemas import AT_A_TIME, MAX_KEPT_BYTES, QUESTIONS_AT_A_TIME, NoAnswer, SchemaRegistry, Schemas
 from tests.schema_registry import FarRegistry, Mode
 
 EVENT = {
@@ -84,6 +84,31 @@ async def test_many_records_of_one_schema_are_one_question_and_it_is_kept_though
         await far.go()
         assert callable(waiter.schemas.find(number))
         await far.come()
+
+
+async def test_what_waited_is_told_in_parts_and_counts_until_its_part_is_through() -> None:
+    parts: list[tuple[int, int]] = []
+
+    async def told(items: Sequence[int], problem: Problem | None) -> None:
+        parts.append((len(items), schemas.held_bytes))
+
+        if len(parts) == 3:
+            all_told.set()
+
+    all_told = asyncio.Event()
+    async with FarRegistry() as far:
+        schemas: Schemas[int] = Schemas(SchemaRegistry(SchemaRegistrySettings(far.url)), told, 1 << 30)
+        number = far.register(EVENT)
+        for item in range(2 * AT_A_TIME + 1):
+            schemas.wait(number, item, 1000)
+        size = schemas.held_bytes // (2 * AT_A_TIME + 1)
+        try:
+            async with asyncio.timeout(30):
+                await all_told.wait()
+        finally:
+            await schemas.close()
+    left = [2 * AT_A_TIME + 1, AT_A_TIME + 1, 1]
+    assert parts == [(min(count, AT_A_TIME), size * count) for count in left]
 
 
 async def test_an_id_that_the_registry_does_not_have_is_told_at_once_and_not_asked_for_again_for_a_while() -> None:
