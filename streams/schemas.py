@@ -269,11 +269,12 @@ class Schemas(Generic[T]):
 
     async def _release(self, waited: Sequence[_Waiting[T]], problem: Problem | None) -> None:
         for first in range(0, len(waited), AT_A_TIME):
+            if first:
+                await asyncio.sleep(0)  # what is wrong for good is told without waiting for anything
             some = waited[first : first + AT_A_TIME]
             await self._answered([one.item for one in some], problem)
             self.held_bytes -= sum([one.size for one in some])
             self._note_room()
-            await asyncio.sleep(0)  # what is wrong for good is told without waiting for anything
 
     def _note_room(self) -> None:
         if self._away or self.held_bytes <= self._max_bytes:
