@@ -17,6 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from msgspec import Struct
 
 from cli.completion import files
+from cli.letters import Which
 from cli.output import (
     counted,
     load_settings,
@@ -34,6 +35,7 @@ from config.kafka import KafkaFault, client_config, connected_admin, error_of, e
 from config.settings import Settings
 from config.upcasters import installed_upcasters
 from schemas.control import TenantRecord, decode_control, parse_control_key
+from schemas.dead_letter import Selectors
 from schemas.event import Problem
 from schemas.ids import ExternalId, Vendor, external_id_problem
 from schemas.upcast import Upcasters
@@ -337,10 +339,11 @@ def _of_no_tenant(settings: Settings, vendor: Vendor, sent: Counter[ExternalId])
 def _say_unknown(unknown: Counter[ExternalId], vendor: Vendor) -> None:
     named = ", ".join(printable(key) for key in list(unknown)[:SHOWN_KEYS])
     more = f" and {len(unknown) - SHOWN_KEYS} more" if len(unknown) > SHOWN_KEYS else ""
+    theirs = Which(vendor, None, Selectors(error="unknown_tenant")).spelled()
     say(
         f"warning: vendor {vendor} has no active tenant {named}{more}: {counted(unknown.total(), 'event')} will not be "
         "delivered (dead letters unknown_tenant); if that is no slip, `headgate apply` the tenant, then "
-        "`headgate dlq replay --unrouted --error unknown_tenant`"
+        f"`headgate dlq replay {theirs}`"
     )
 
 

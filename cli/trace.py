@@ -689,7 +689,7 @@ def _nothing(settings: Settings, owner: TenantRef, current: CurrentTenant, trace
         "- the id, to the letter; of an event without eventId it is <topic>-<8 hex>-<partition>-<offset>",
         "- a repeat of an earlier event (same eventType and idempotencyKey) is dropped and leaves no record",
         "- a producer that keys its records otherwise: they are another tenant's, or no tenant's: "
-        "headgate dlq list --unrouted",
+        f"headgate dlq list --unrouted --vendor {owner.vendor}",
     ]
     return "\n".join(told)
 

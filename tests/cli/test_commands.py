@@ -509,6 +509,10 @@ def test_publish_says_which_events_went_to_no_tenant_where_it_may_know(shell: Sh
     assert (found.exit_code, told["published"], told["unknownTenant"]) == (0, 4, 3)
     assert "warning: vendor default has no active tenant acme2, nobody: 3 events will not be delivered" in found.stderr
     assert "`headgate dlq replay --unrouted --error unknown_tenant`" in found.stderr
+    theirs = {"HEADGATE_VENDORS": "default,north"}
+    assert shell.run("apply", "-f", "-", stdin="vendor: north\ntenants: []", env=theirs).exit_code == 0
+    found = shell.run("publish", "-f", "-", "--vendor", "north", stdin=line(1), env=theirs)
+    assert "`headgate dlq replay --unrouted --vendor north --error unknown_tenant`" in found.stderr
     # the controls: a tenant that there is, and a user who is shown ingress alone
     well = shell.run("publish", "-f", "-", "--output", "json", stdin=line(1))
     assert (json.loads(well.stdout)["unknownTenant"], "no active tenant" in well.stderr) == (0, False)
