@@ -98,6 +98,8 @@ def command(once: bool, events: int | None, rate: float, keep: bool, folder: Pat
     yours, and ends with it: what it started is stopped, and a stack that it made is deleted, unless --keep.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _hung_up)
     try:
         with _running(folder, keep) as demo:
             if once:
@@ -117,6 +119,15 @@ class DemoFault(Exception):
 
 
 def _interrupt(_signum: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _hung_up(_signum: int, _frame: FrameType | None) -> NoReturn:
+    """The terminal was closed: nothing can be written to it any more, and what was started has to end all the same."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the shell tells it, and then the kernel
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     raise KeyboardInterrupt
 
 

@@ -98,9 +98,10 @@ class Check(Struct, frozen=True, omit_defaults=True):
 def command(ctx: click.Context, output: str) -> None:
     """Check a deployment, and say what to do.
 
-    Looks at the brokers, the topics and their settings, the tenants' keys, Redis, the clock, the workers' groups and
-    the ACLs that this user can see, with the settings that the workers have. Each check is a line: ok, warn (works, but
-    not as it should) or fail. Exits 1 if one fails.
+    Looks at the brokers, this user's rights, the topics and their settings, the tenants' keys, the schema registry and
+    the upcasters where there are any, Redis, the clock, the workers' groups and the ACLs that this user can see, with
+    the settings that the workers have. Each check is a line: ok, warn (works, but not as it should) or fail. Exits 1 if
+    one fails.
 
     Changes nothing of yours: for the broker's time it makes a topic <prefix>.doctor and deletes it again. Shows no
     secret.
@@ -343,7 +344,7 @@ def _keys(settings: Settings, tenants: _Tenants) -> Iterator[Check]:
         "keys",
         "fail",
         problems,
-        f"{opened} data keys of tenants open with the master keys given ({', '.join(master.ids)})",
+        f"the master keys given ({', '.join(master.ids)}) open {counted(opened, 'data key')} of tenants",
         f"HEADGATE_MASTER_KEY_FILE has {', '.join(master.ids)}: give all that were ever in use; "
         "a tenant without a key gets one from headgate apply",
     )

@@ -242,7 +242,7 @@ def _surveyed(settings: Settings, which: Which, topic: str, objection: Callable[
         job=job,
         told=lambda read: progress.tell(lambda: f"counting: {counted(read, 'record')} of {topic} read"),
     )
-    say(f"{counted(found.matched, 'letter')} {which.of_whom()} match")
+    say(f"matched: {counted(found.matched, 'letter')} {which.of_whom()}")
     _say_skipped(found.skipped)
     return found
 
@@ -270,7 +270,7 @@ def _until_ended(watch: Watch, found: Survey, sent: Sent, timeout_s: float | Non
         lambda done: progress.tell(lambda: f"{done} of {counted(sent.count, 'letter')} settled"),
         timeout_s,
     )
-    say(f"settled: {ended.delivered} delivered, {ended.dead} dead letters again")
+    say(f"settled: {ended.delivered} delivered, {counted(ended.dead, 'dead letter')} again")
     some = ", ".join(ended.open[:SHOWN_OPEN])
     return f"{counted(len(ended.open), 'letter')}, such as {some}: `headgate trace` tells where it is" if some else ""
 

@@ -1,6 +1,8 @@
 """The demo's verdict is worth something only if it notices what is wrong: each promise is broken here once."""
 
 import os
+import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import msgspec
+import psutil
 import pytest
 import yaml
 from msgspec import structs
@@ -227,6 +230,34 @@ def test_the_demo_checks_every_delivery_and_ends_what_it_started(stack: Stack) -
     assert "all held: 150 events of 7 tenants" in done.stdout
     assert "FAILED" not in done.stdout
     assert "ok     what was refused has arrived by a replay" in done.stdout
+
+
+@pytest.mark.broker
+def test_a_demo_whose_terminal_is_closed_ends_what_it_started(stack: Stack) -> None:
+    terminal, its_side = pty.openpty()
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "demo"],
+        env={**os.environ, "HEADGATE_DEV_DIR": str(stack.dir), "HEADGATE_PREFIX": f"demo-{uuid4().hex[:8]}"},
+        stdin=subprocess.DEVNULL,
+        stdout=its_side,
+        stderr=its_side,
+        start_new_session=True,
+    )
+    os.close(its_side)
+    shown = b""
+    while b"events published" not in shown:
+        shown += os.read(terminal, 65536)
+    started = psutil.Process(demo.pid).children()
+    try:
+        os.close(terminal)
+        demo.send_signal(signal.SIGHUP)  # as its shell does
+        demo.wait(60)
+        assert len(started) >= 2  # the inbox and the worker
+        assert [one for one in started if one.is_running()] == []
+    finally:
+        for one in started:
+            if one.is_running():
+                one.kill()
 
 
 def test_what_to_try_next_fits_a_terminal_of_80_columns_line_by_line() -> None:
