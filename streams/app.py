@@ -33,7 +33,7 @@ from config.kafka import client_config, error_of
 from config.logs import configure_logs
 from config.provision import provision, topic_ids
 from config.registry import Fault, Registry
-from config.rights import lack_of, lacking, refuse_lacking
+from config.rights import lack_of, lacking, refuse_lacking, topic_names
 from config.settings import KafkaSettings, Settings, SettingsError
 from config.upcasters import installed_upcasters
 from config.vault import MasterKeys
@@ -60,6 +60,7 @@ AFTER_FAULT_S: Final = 2.0
 WATCH_S: Final = 0.1
 BROKER_AWAY_S: Final = 5.0
 RIGHTS_EVERY_S: Final = 3.0
+TOPICS_EVERY_S: Final = 60.0  # the list of all of them takes the longer the more there are
 RIGHTS_TIMEOUT_S: Final = 2.0  # a thread waits for the answer, and the process at its end for the thread
 BROKER_AWAY_BYTES: Final = 64 * 2**20
 AVERAGES_EVERY_S: Final = 10.0
@@ -355,10 +356,15 @@ class Worker:
         """
         kafka = self._settings.kafka.confluent()
         admin = AdminClient(client_config(kafka))
+        topics: list[str] = []
+        listed_at = -TOPICS_EVERY_S
         while not self._stopping:
             await asyncio.sleep(RIGHTS_EVERY_S)
             try:
-                now = await asyncio.to_thread(lacking, admin, self._needed(), RIGHTS_TIMEOUT_S)
+                if time.monotonic() - listed_at >= TOPICS_EVERY_S:
+                    topics = await asyncio.to_thread(topic_names, admin, RIGHTS_TIMEOUT_S)
+                    listed_at = time.monotonic()
+                now = await asyncio.to_thread(lacking, admin, self._needed(), RIGHTS_TIMEOUT_S, topics)
             except KafkaException as fault:  # a broker that is away is told by others
                 log.debug("rights_unknown", fault=error_of(fault).name())
                 continue
