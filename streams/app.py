@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,20 +25,18 @@ import faust
 import structlog
 import uvloop
 from aiokafka.errors import KafkaError
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 
-from config.acls import Acl, acls_of
-from config.kafka import client_config, error_of
+from config.acls import Acl
 from config.logs import configure_logs
 from config.provision import provision, topic_ids
 from config.registry import Fault, Registry
-from config.rights import lack_of, lacking, refuse_lacking, topic_names
+from config.rights import lack_of, refuse_lacking
 from config.settings import KafkaSettings, Settings, SettingsError
 from config.upcasters import installed_upcasters
 from config.vault import MasterKeys
 from connectors.egress import Egress
 from schemas.topics import base_topics, record_bytes
+from streams import rights
 from streams.compiled import Tenants
 from streams.control import ControlReader
 from streams.health import Health
@@ -59,9 +57,7 @@ log = structlog.get_logger()
 AFTER_FAULT_S: Final = 2.0
 WATCH_S: Final = 0.1
 BROKER_AWAY_S: Final = 5.0
-RIGHTS_EVERY_S: Final = 3.0
-TOPICS_EVERY_S: Final = 60.0  # the list of all of them takes the longer the more there are
-RIGHTS_TIMEOUT_S: Final = 2.0  # a thread waits for the answer, and the process at its end for the thread
+RIGHTS_EVERY_S: Final = 10.0
 BROKER_AWAY_BYTES: Final = 64 * 2**20
 AVERAGES_EVERY_S: Final = 10.0
 M_TRIM_THRESHOLD: Final = -1  # malloc.h
@@ -133,7 +129,7 @@ class Worker:
         self._stopping = False
         self._broker_away = False
         self._pump_started = False
-        self._lacking: list[Acl] = []
+        self._lacking: Sequence[Acl] = []
         self._folder = TemporaryDirectory(prefix="headgate-", ignore_cleanup_errors=True)  # Faust wants one
 
     async def run(self) -> int:
@@ -156,9 +152,10 @@ class Worker:
             tasks = [
                 loop.create_task(self._router.rounds(), name="rounds"),
                 loop.create_task(self._watch(), name="watch"),
-                loop.create_task(self._watch_rights(), name="rights"),
                 loop.create_task(self._leases.run(), name="leases"),
             ]
+            if settings.kafka.security_protocol != "PLAINTEXT":  # nobody in particular has nothing to lose
+                tasks.append(loop.create_task(self._watch_rights(), name="rights"))
             for task in tasks:
                 task.add_done_callback(self._task_ended)
             self._lanes.start(self._settle)
@@ -197,15 +194,12 @@ class Worker:
         def make() -> dict[str, str]:
             kafka = settings.kafka.confluent()
             factor = settings.replication_factor
-            refuse_lacking(kafka, self._needed(), "worker")
+            refuse_lacking(kafka, rights.needed(settings), "worker")
             say = partial(log.info, "topics")
             provision(kafka, specs, replication_factor=factor, grow=frozenset(), say=lambda note: say(note=note))
             return topic_ids(kafka, list(self._vendors))
 
         return await loop.run_in_executor(None, make)
-
-    def _needed(self) -> tuple[Acl, ...]:
-        return acls_of("worker", self._settings.topics, self._settings.vendors)
 
     def _build(self, ids: Mapping[str, str]) -> None:
         settings = self._settings
@@ -355,25 +349,16 @@ class Worker:
         again, once it is given back.
         """
         kafka = self._settings.kafka.confluent()
-        admin = AdminClient(client_config(kafka))
-        topics: list[str] = []
-        listed_at = -TOPICS_EVERY_S
         while not self._stopping:
             await asyncio.sleep(RIGHTS_EVERY_S)
-            try:
-                if time.monotonic() - listed_at >= TOPICS_EVERY_S:
-                    topics = await asyncio.to_thread(topic_names, admin, RIGHTS_TIMEOUT_S)
-                    listed_at = time.monotonic()
-                now = await asyncio.to_thread(lacking, admin, self._needed(), RIGHTS_TIMEOUT_S, topics)
-            except KafkaException as fault:  # a broker that is away is told by others
-                log.debug("rights_unknown", fault=error_of(fault).name())
+            now = await rights.ask()
+            if now is None or now == self._lacking:
                 continue
-            if now != self._lacking:
-                self._lacking = now
-                if now:
-                    log.error("rights_lacking", fault=lack_of(kafka, now, "worker"))
-                else:
-                    log.info("rights_complete")
+            self._lacking = now
+            if now:
+                log.error("rights_lacking", fault=lack_of(kafka, now, "worker"))
+            else:
+                log.info("rights_complete")
 
     def _average_key(self, name: str) -> str:
         return f"{self._settings.topics.prefix}:average:{name}"
