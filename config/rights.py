@@ -51,26 +51,15 @@ _PATTERNS: Final = {"literal": ResourcePatternType.LITERAL, "prefixed": Resource
 # ---------------------------------------------------------------- what is lacking
 
 
-def topic_names(admin: AdminClient, timeout_s: float = REQUEST_TIMEOUT_S) -> list[str]:
-    """Of all topics that this user may see. Raises KafkaException."""
-    return sorted(admin.list_topics(timeout=timeout_s).topics)
-
-
-def lacking(
-    admin: AdminClient,
-    needed: Iterable[Acl],
-    timeout_s: float = REQUEST_TIMEOUT_S,
-    listed: Sequence[str] | None = None,
-) -> list[Acl]:
+def lacking(admin: AdminClient, needed: Iterable[Acl], timeout_s: float = REQUEST_TIMEOUT_S) -> list[Acl]:
     """Which of the rights this user does not have, as far as brokers tell.
 
-    Of a prefix one topic is asked for, of those `listed` if that was asked before. A broker does not tell of
-    transactional ids, of what does not exist no more than whether it may be described, and a broker without an
-    authorizer allows everything. `timeout_s` is for each question.
+    Of a prefix one topic is asked for. A broker does not tell of transactional ids, of what does not exist no more than
+    whether it may be described, and a broker without an authorizer allows everything. `timeout_s` is for each question.
     Raises KafkaException.
     """
     wanted = list(needed)
-    names = topic_names(admin, timeout_s) if listed is None else listed
+    names = sorted(admin.list_topics(timeout=timeout_s).topics)
     places = {acl: _place(acl, names) for acl in wanted if acl.resource == "topic"}
     allowed: dict[tuple[str, str], frozenset[Operation] | None] = {}
     if places:

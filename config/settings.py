@@ -234,12 +234,17 @@ def _worker_id(text: str) -> str:
     return text
 
 
-def _redis_url(text: str) -> str:
+def _url(text: str) -> tuple[SplitResult, int | None]:
+    """The parts of a URL and its port; port 0, which none has, if it is no URL."""
     try:
         url = urlsplit(text)
-        port = url.port
+        return url, url.port
     except ValueError:
-        port, url = 0, SplitResult("", "", "", "", "")
+        return SplitResult("", "", "", "", ""), 0
+
+
+def _redis_url(text: str) -> str:
+    url, port = _url(text)
     if url.scheme not in ("redis", "rediss", "unix") or port == 0 or (url.scheme != "unix" and not url.hostname):
         raise ValueError("not a Redis URL; write redis://host:6379/0, rediss://host:6379/0 or unix:///path")
     if url.scheme != "unix" and not re.fullmatch(r"/?[0-9]{0,4}", url.path):
@@ -248,11 +253,7 @@ def _redis_url(text: str) -> str:
 
 
 def _http_url(text: str) -> str:
-    try:
-        url = urlsplit(text)
-        port = url.port
-    except ValueError:
-        port, url = 0, SplitResult("", "", "", "", "")
+    url, port = _url(text)
     if url.scheme not in ("http", "https") or port == 0 or not url.hostname or url.query or url.fragment:
         raise ValueError("not the address of a server; write https://registry:8081, without a query")
     if "@" in url.netloc:

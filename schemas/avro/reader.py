@@ -273,34 +273,31 @@ def _blocks(cursor: _Cursor) -> Iterable[int]:
         yield abs(count)
 
 
+def _repeated(opening: bytes, one: _Read, closing: bytes) -> _Read:
+    def read(cursor: _Cursor) -> None:
+        cursor.enter(opening)
+        between = b""
+        for count in _blocks(cursor):
+            for _ in range(count):
+                cursor.put(between)
+                one(cursor)
+                between = b","
+        cursor.leave(closing)
+
+    return read
+
+
 def _array(item: _Read) -> _Read:
-    def read(cursor: _Cursor) -> None:
-        cursor.enter(b"[")
-        between = b""
-        for count in _blocks(cursor):
-            for _ in range(count):
-                cursor.put(between)
-                item(cursor)
-                between = b","
-        cursor.leave(b"]")
-
-    return read
+    return _repeated(b"[", item, b"]")
 
 
-def _map(item: _Read) -> _Read:
-    def read(cursor: _Cursor) -> None:
-        cursor.enter(b"{")
-        between = b""
-        for count in _blocks(cursor):
-            for _ in range(count):
-                cursor.put(between)
-                _string(cursor)
-                cursor.put(b":")
-                item(cursor)
-                between = b","
-        cursor.leave(b"}")
+def _map(value: _Read) -> _Read:
+    def member(cursor: _Cursor) -> None:
+        _string(cursor)
+        cursor.put(b":")
+        value(cursor)
 
-    return read
+    return _repeated(b"{", member, b"}")
 
 
 def _enum(symbols: Iterable[str]) -> _Read:
