@@ -50,10 +50,11 @@ locked: $(VENV)/.test
 			|| { echo "dev/locks/$$name.txt is not what pyproject.toml asks for: make lock" >&2; exit 1; }; done
 
 # Most of a test is waiting for a worker or a timer: processes share the cores well. Each has a stack of its own.
-TEST_PROCESSES ?= 2
+# In the order of the names, since the longest come first then: xdist would leave those of few tests to the end.
+TEST_PROCESSES ?= 3
 
 test: setup-test ## all tests on a real Kafka and Redis, but the full-size ones
-	@$(BIN)/pytest -m "not chaos" -n $(TEST_PROCESSES) --dist loadfile
+	@$(BIN)/pytest -m "not chaos" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Hours: one of them is R18's. `make chaos ONLY=rolling` runs, and writes anew, the rows whose tests are named so.
 chaos: setup-test ## the full-size tests: kills, stalls, floods, an hour; their report goes to docs/benchmarks.md

@@ -4,7 +4,7 @@ Owns the order of these writes, which is what "nothing lost" rests on:
 
 1. what replaces the delivery (retry record or dead letter), acknowledged by the broker;
 2. its attempt record, acknowledged by the broker;
-3. the ledger (`done`, or the hop whose successor is acknowledged), best effort;
+3. the ledger (the hop whose successor is acknowledged; `done` as soon as it was delivered), best effort;
 4. the source, whose offset may be committed from then on.
 
 A crash between two steps redelivers the source; the ledger, or the same attempt id, makes the repeat harmless. Works in
@@ -83,6 +83,11 @@ class Settle:
         self._released = released
         self._loop = asyncio.get_running_loop()
         self._flights: list[Flight] = []
+        self._delivered: list[str] = []  # ledger keys that Redis has not been told of
+        self._delivered_count = 0  # ever
+        self._told_count = 0
+        self._telling: asyncio.Task[bool] | None = None
+        self._tell_armed = False
         self._records: list[tuple[Vendor, str, bytes, Source | None, int]] = []
         self._armed = False
         self._task: asyncio.Task[None] | None = None
@@ -111,6 +116,12 @@ class Settle:
             self._flights.append(flight)
             if not self._armed:
                 self._arm()
+            self._delivered.append(flight.ledger_key)
+            self._delivered_count += 1
+            if not self._tell_armed:
+                self._tell_armed = True
+                if self._telling is None:
+                    self._loop.call_later(GATHER_S, self._tell)
             return
         delivery = flight.delivery
         if delivery.first_failed_ms == 0:
@@ -325,6 +336,26 @@ class Settle:
         record = DisabledRecord(flight.lane.record.version, flight.ended_ms, delivery.id)
         self._outbox.write(Letter(self._topics.state, key.encode(), encode_control(record), (), nothing))
 
+    # ---------------------------------------------------------------- what Redis is told
+
+    def _tell(self) -> None:
+        """Of what was delivered Redis hears apart from the batches: were the worker killed while the broker answers for
+        one, all that Redis has not heard of is sent again."""
+        self._tell_armed = False
+        if self._telling is None and self._delivered:
+            keys, self._delivered = self._delivered, []
+            self._telling = self._loop.create_task(self._ledger.tell(keys, [DONE] * len(keys)))
+            self._telling.add_done_callback(partial(self._told, len(keys)))
+
+    def _told(self, count: int, task: "asyncio.Task[bool]") -> None:
+        self._telling = None
+        self._told_count += count
+        if task.cancelled():
+            return
+        task.result()
+        if self._tell_armed:
+            self._loop.call_later(GATHER_S, self._tell)
+
     # ---------------------------------------------------------------- batches
 
     def _arm(self) -> None:
@@ -369,12 +400,14 @@ class Settle:
             batch[0].append(tenant)
             batch[1].append(record)
         self._attempt_records(flights, batches)
-        done = [flight.ledger_key for flight in flights if flight.end == "delivered"]
-        telling = self._loop.create_task(self._ledger.tell(done, [DONE] * len(done))) if done else None
+        delivered = self._delivered_count  # those of this batch among them
         for vendor, (keys, values) in batches.items():
             await self._outbox.write_batch(self._topics.attempts(vendor), keys, values)
-        if telling is not None:
-            await telling
+        while self._told_count < delivered:
+            if self._telling is None:
+                self._tell()
+            assert self._telling is not None
+            await asyncio.wait({self._telling})
         moved = [flight for flight in flights if flight.end in ("again", "dead")]
         if moved:
             hops = [str(flight.delivery.hop) for flight in moved]

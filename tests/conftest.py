@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import signal
 from collections.abc import AsyncIterator
 
 import pytest
@@ -15,6 +16,11 @@ from tests.stack import stack as stack
 # a busy machine is no reason to fail: examples take as long as they take
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+# what is started in the background ignores these, and every command that a test starts and signals would inherit it
+for number, handler in {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture

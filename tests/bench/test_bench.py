@@ -57,7 +57,7 @@ def test_figures_replace_those_of_the_last_run_and_nothing_else(tmp_path: Path) 
 @pytest.mark.broker
 def test_all_three_deliver_every_event_of_a_round(stack: Stack) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "--stack", str(stack.dir), "--count", "2000", "--rounds", "1", "speed"],
+        [sys.executable, "-m", "bench", "--stack", str(stack.dir), "--count", "10000", "--rounds", "1", "speed"],
         env=dict(os.environ),
         capture_output=True,
         text=True,

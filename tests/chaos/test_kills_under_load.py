@@ -34,7 +34,7 @@ class Size(Struct, frozen=True):
         return self.events // (self.times + 1)
 
 
-SMALL = pytest.param(Size(2, 1000), id="small")
+SMALL = pytest.param(Size(2, 1000, 300), id="small")
 
 
 def full(number: str, times: int, events: int, rate_per_s: int = 1000) -> object:
