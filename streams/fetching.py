@@ -35,6 +35,7 @@ MOST_ANSWER_BYTES: Final = 256 * 2**20  # far above any answer; what other proto
 SIZE_BYTES: Final = 4
 LAST_EPOCH: Final = 2**31 - 1
 PARTITION_RECORDS: Final = 100  # drawn of one partition at a time: the others have their turn
+UNDRAWN_S: Final = 0.005  # above 0, so that what many partitions have comes in one answer
 READ_COMMITTED: Final = fetcher.READ_COMMITTED
 
 _Compiled: Any = fetcher.MemoryRecords
@@ -400,6 +401,10 @@ class PartitionRecords(fetcher.PartitionRecords):  # type: ignore[misc]  # aioka
 
 class FetchResult(fetcher.FetchResult):  # type: ignore[misc]  # aiokafka is untyped
     """Hands on the records of a fetch in bulk."""
+
+    def calculate_backoff(self) -> float:
+        """How long what is not drawn yet keeps the broker from being asked for other partitions (aiokafka: 100 ms)."""
+        return float(max(0.0, self._created + UNDRAWN_S - monotonic()))
 
     def getall(self, max_records: int | None = None) -> list[FetchedRecord]:
         if not self.check_assignment(self._topic_partition) or not self.has_more():

@@ -65,6 +65,7 @@ IDLE_POLL_S: Final = 1.0
 FETCH_WAIT_S: Final = 0.25  # without a record for so long the partitions are idle
 FULL_WAIT_S: Final = 0.01  # while some partition is full: it may have room again
 IDLE_MAX_WAIT_MS: Final = 500
+BEHIND_MAX_WAIT_MS: Final = 2  # while more is at hand than was drawn: nothing is gained by gathering
 FAULT_BACKOFF_S: Final = 1.0
 FAULT_LOG_EVERY_S: Final = 30.0
 COMMIT_RETRY_S: Final = 0.1
@@ -395,7 +396,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         fetching: Fetching = self.transport.fetching
         idle = not records and not full
         fetcher._fetch_min_bytes = 1 if idle else fetching.min_bytes
-        fetcher._fetch_max_wait_ms = IDLE_MAX_WAIT_MS if idle else fetching.max_wait_ms
+        behind = bool(fetcher._records)  # more of some partition than its turn: the others' few must not wait for it
+        wait_ms = BEHIND_MAX_WAIT_MS if behind else fetching.max_wait_ms
+        fetcher._fetch_max_wait_ms = IDLE_MAX_WAIT_MS if idle else wait_ms
         subscription = consumer._subscription.subscription
         return _Drawn(subscription.assignment if subscription is not None else None, records)
 
