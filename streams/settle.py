@@ -87,7 +87,6 @@ class Settle:
         self._delivered_count = 0  # ever
         self._told_count = 0
         self._telling: asyncio.Task[bool] | None = None
-        self._tell_armed = False
         self._records: list[tuple[Vendor, str, bytes, Source | None, int]] = []
         self._armed = False
         self._task: asyncio.Task[None] | None = None
@@ -116,12 +115,10 @@ class Settle:
             self._flights.append(flight)
             if not self._armed:
                 self._arm()
+            if not self._delivered and self._telling is None:
+                self._loop.call_later(GATHER_S, self._tell)
             self._delivered.append(flight.ledger_key)
             self._delivered_count += 1
-            if not self._tell_armed:
-                self._tell_armed = True
-                if self._telling is None:
-                    self._loop.call_later(GATHER_S, self._tell)
             return
         delivery = flight.delivery
         if delivery.first_failed_ms == 0:
@@ -341,7 +338,6 @@ class Settle:
     def _tell(self) -> None:
         """Of what was delivered Redis hears apart from the batches: were the worker killed while the broker answers for
         one, all that Redis has not heard of is sent again."""
-        self._tell_armed = False
         if self._telling is None and self._delivered:
             keys, self._delivered = self._delivered, []
             self._telling = self._loop.create_task(self._ledger.tell(keys, [DONE] * len(keys)))
@@ -353,7 +349,7 @@ class Settle:
         if task.cancelled():
             return
         task.result()
-        if self._tell_armed:
+        if self._delivered:
             self._loop.call_later(GATHER_S, self._tell)
 
     # ---------------------------------------------------------------- batches

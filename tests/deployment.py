@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -318,6 +319,11 @@ class Deployment:
             return all(committed[n] >= end or end == 0 for n, end in ends.items())
 
         await eventually(done, "ingress is committed to its end")
+
+
+def milliseconds(at: str) -> float:
+    """Since the epoch, of a time as records of the attempts topic have it."""
+    return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp() * 1000
 
 
 def event(event_id: str, event_type: str = "invoice.paid", **more: Any) -> dict[str, Any]:

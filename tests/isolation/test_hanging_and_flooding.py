@@ -12,7 +12,6 @@ import zlib
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import pytest
 from dev.inbox import Hang, Inbox, Ok, RemoteInbox, Slow
 from schemas.ids import DEFAULT_VENDOR
 from tests.connectors.receiver import Peer, Receiver, Script
-from tests.deployment import Deployment, Worker, event, eventually
+from tests.deployment import Deployment, Worker, event, eventually, milliseconds
 from tests.isolation.ages import Others, p99
 
 pytestmark = pytest.mark.broker
@@ -55,10 +54,6 @@ def ended(worker: Worker, name: str) -> float:
 async def delivered(inbox: Inbox, names: list[str], count: int, timeout_s: float = 60) -> None:
     """Waits until each of the tenants has got `count` events."""
     await asyncio.gather(*(inbox.wait_for(f"/{name}", count, timeout_s) for name in names))
-
-
-def milliseconds(at: str) -> float:
-    return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp() * 1000
 
 
 def attempts_of(deployment: Deployment, names: list[str]) -> list[tuple[float, float]]:
@@ -325,15 +320,21 @@ async def hostile() -> AsyncIterator[dict[str, tuple[Receiver, str]]]:
         }
 
 
+def talking(
+    deployment: Deployment, receivers: Mapping[str, tuple[Receiver, str]], timeout: str
+) -> Sequence[dict[str, Any]]:
+    """A tenant of the name of each hostile receiver, whose destination it is."""
+    tenants = [deployment.tenant(name, retry={"schedule": ["0s"]}) for name in receivers]
+    for tenant, (receiver, _) in zip(tenants, receivers.values(), strict=True):
+        tenant["destinations"][0]["options"] = {"url": f"http://127.0.0.1:{receiver.port}/", "timeout": timeout}
+    return tenants
+
+
 async def test_far_sides_that_talk_for_ever_cost_bounded_memory_and_hold_up_nobody(deployment: Deployment) -> None:
     others = ["t0", "t1", "t2"]
     async with hostile() as receivers:
         tenants = [deployment.tenant(name) for name in others]
-        for name, (receiver, _) in receivers.items():
-            tenant = deployment.tenant(name, retry={"schedule": ["0s"]})
-            tenant["destinations"][0]["options"] = {"url": f"http://127.0.0.1:{receiver.port}/", "timeout": "10s"}
-            tenants.append(tenant)
-        await deployment.apply({"tenants": tenants})
+        await deployment.apply({"tenants": [*tenants, *talking(deployment, receivers, "10s")]})
         worker = await deployment.worker(IN_FLIGHT=str(4 * POOL))
         await deployment.publish([(t, event(f"warm-{n}")) for n in range(50) for t in others])
         await delivered(deployment.inbox, others, 50)
@@ -362,12 +363,7 @@ async def test_p99_of_the_others_is_hardly_later_while_far_sides_talk_for_ever(
 ) -> None:
     """100,000 events of the others, half of them while ten a second go to those that mean harm."""
     async with hostile() as receivers, Others.of(deployment, 43, 1000) as others:
-        tenants = others.tenants()
-        for name, (receiver, _) in receivers.items():
-            tenant = deployment.tenant(name, retry={"schedule": ["0s"]})
-            tenant["destinations"][0]["options"] = {"url": f"http://127.0.0.1:{receiver.port}/", "timeout": "4s"}
-            tenants.append(tenant)
-        await deployment.apply({"tenants": tenants})
+        await deployment.apply({"tenants": [*others.tenants(), *talking(deployment, receivers, "4s")]})
         worker = await deployment.worker(IN_FLIGHT=str(4 * POOL))
         process, names = psutil.Process(worker.process.pid), sorted(receivers)
 

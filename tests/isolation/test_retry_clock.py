@@ -5,7 +5,6 @@ import ssl
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from itertools import pairwise
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ import trustme
 from dev.inbox import Inbox, Redirect, Refuse, Reset, Script, Throttle, fail_first
 from dev.stack import Stack
 from schemas.wire import Parked, read_parked
-from tests.deployment import Deployment, Read, event, eventually
+from tests.deployment import Deployment, Read, event, eventually, milliseconds
 
 pytestmark = pytest.mark.broker
 
@@ -27,10 +26,6 @@ def parked(record: Read) -> Parked:
     found = read_parked(list(record.headers.items()))
     assert found is not None
     return found
-
-
-def _ms(at: str) -> float:
-    return datetime.fromisoformat(at.replace("Z", "+00:00")).timestamp() * 1000
 
 
 def attempts_of(deployment: Deployment) -> Mapping[str, list[dict[str, Any]]]:
@@ -45,7 +40,7 @@ def attempts_of(deployment: Deployment) -> Mapping[str, list[dict[str, Any]]]:
 def earliness_ms(inbox: Inbox, paths: list[str], attempts: Mapping[str, list[dict[str, Any]]]) -> list[float]:
     """For each repeated request, how long before its planned time it came; below 0: after it."""
     return [
-        _ms(attempts[one.webhook_id][one.attempt - 2]["nextAt"]) - one.arrived_at_ms
+        milliseconds(attempts[one.webhook_id][one.attempt - 2]["nextAt"]) - one.arrived_at_ms
         for path in paths
         for one in inbox.received(path)
         if one.attempt > 1
