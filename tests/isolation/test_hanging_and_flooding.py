@@ -8,10 +8,8 @@ import asyncio
 import json
 import os
 import sys
-import zlib
 from asyncio.subprocess import DEVNULL
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,12 @@ import pytest
 
 from dev.inbox import Hang, Inbox, Ok, RemoteInbox, Slow
 from schemas.ids import DEFAULT_VENDOR
-from tests.connectors.receiver import Peer, Receiver, Script
 from tests.deployment import Deployment, Worker, event, eventually, milliseconds
 from tests.isolation.ages import Others, p99
+from tests.isolation.hostile import CODES, MIB, hostile
 
 pytestmark = pytest.mark.broker
 
-MIB = 1 << 20
 POOL = 32
 CLOCKS_MS = 50  # the clock that dates an attempt is not the one that measures it
 HUNG_TIMEOUT_S = 25  # the most there is: what hangs is open for longer than the others need
@@ -262,93 +259,33 @@ async def test_without_parking_a_tenant_that_dumps_its_events_stops_its_partitio
 # ---------------------------------------------------------------- R8: talks for ever
 
 
-def _forever(head: bytes, more: bytes, pause_s: float = 0.0) -> Script:
-    """Answers each request with `head` and then `more`, again and again, until the other side is gone."""
-
-    async def script(peer: Peer) -> None:
-        while True:
-            await peer.request()
-            await peer.send(head)
-            while True:
-                await peer.send(more)
-                if pause_s:
-                    await asyncio.sleep(pause_s)
-
-    return script
-
-
-def _bomb() -> bytes:
-    """Gzip of 1 GiB of zeros: 1 MiB. Each of its parts unpacks by itself, so that one is made and repeated."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    part = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
-    return b"\x1f\x8b\x08" + bytes(6) + b"\xff" + part * 1024 + b"\x03\x00" + bytes(8)
-
-
-def _once(answer: bytes) -> Script:
-    async def script(peer: Peer) -> None:
-        while True:
-            await peer.request()
-            await peer.send(answer)
-
-    return script
-
-
-@asynccontextmanager
-async def hostile() -> AsyncIterator[dict[str, tuple[Receiver, str]]]:
-    """Far sides that mean harm, by name, and the code that the attempt ends with."""
-    bomb = _bomb()
-    ok = b"HTTP/1.1 200 OK\r\n"
-    scripts: dict[str, tuple[Script, str]] = {
-        "slow-loris": (_forever(ok + b"x-more: ", b"y", 0.2), "timeout"),
-        "slow-body": (_forever(ok + b"content-length: 1000\r\n\r\n", b"x", 0.2), "ok timeout"),
-        "endless-headers": (_forever(ok, b"x-more: " + b"y" * 1000 + b"\r\n"), "headers_too_large"),
-        "endless-line": (_forever(ok + b"x-more: ", b"y" * 1000), "headers_too_large"),
-        "endless-chunks": (
-            _forever(ok + b"transfer-encoding: chunked\r\n\r\n", b"3e8\r\n" + b"z" * 1000 + b"\r\n"),
-            "ok",
-        ),
-        "gigabyte": (_forever(ok + b"content-length: 1073741824\r\n\r\n", bytes(65536)), "ok"),
-        "gzip-bomb": (
-            _once(ok + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb) + bomb),
-            "ok",
-        ),
-    }
-    async with AsyncExitStack() as open_:
-        yield {
-            name: (await open_.enter_async_context(Receiver(script)), codes)
-            for name, (script, codes) in scripts.items()
-        }
-
-
-def talking(
-    deployment: Deployment, receivers: Mapping[str, tuple[Receiver, str]], timeout: str
-) -> Sequence[dict[str, Any]]:
+def talking(deployment: Deployment, ports: Mapping[str, int], timeout: str) -> Sequence[dict[str, Any]]:
     """A tenant of the name of each hostile receiver, whose destination it is."""
-    tenants = [deployment.tenant(name, retry={"schedule": ["0s"]}) for name in receivers]
-    for tenant, (receiver, _) in zip(tenants, receivers.values(), strict=True):
-        tenant["destinations"][0]["options"] = {"url": f"http://127.0.0.1:{receiver.port}/", "timeout": timeout}
+    tenants = [deployment.tenant(name, retry={"schedule": ["0s"]}) for name in ports]
+    for tenant, port in zip(tenants, ports.values(), strict=True):
+        tenant["destinations"][0]["options"] = {"url": f"http://127.0.0.1:{port}/", "timeout": timeout}
     return tenants
 
 
 async def test_far_sides_that_talk_for_ever_cost_bounded_memory_and_hold_up_nobody(deployment: Deployment) -> None:
     others = ["t0", "t1", "t2"]
-    async with hostile() as receivers:
+    async with hostile() as ports:
         tenants = [deployment.tenant(name) for name in others]
-        await deployment.apply({"tenants": [*tenants, *talking(deployment, receivers, "10s")]})
+        await deployment.apply({"tenants": [*tenants, *talking(deployment, ports, "10s")]})
         worker = await deployment.worker(IN_FLIGHT=str(4 * POOL))
         await deployment.publish([(t, event(f"warm-{n}")) for n in range(50) for t in others])
         await delivered(deployment.inbox, others, 50)
         process = psutil.Process(worker.process.pid)
         before = process.memory_info().rss
-        await deployment.publish([(t, event(f"{t}-{n}")) for n in range(3) for t in (*receivers, *others)])
+        await deployment.publish([(t, event(f"{t}-{n}")) for n in range(3) for t in (*ports, *others)])
         await delivered(deployment.inbox, others, 53)
         assert ended(worker, "slow-loris") == 0
         peak = before
-        while worker.metric("headgate_deliveries_total") < 53 * len(others) + 3 * len(receivers):
+        while worker.metric("headgate_deliveries_total") < 53 * len(others) + 3 * len(ports):
             peak = max(peak, process.memory_info().rss)
             await asyncio.sleep(0.05)
         found = [(one["tenant"], one["code"]) for one in deployment.attempts() if one["kind"] == "attempt"]
-        for name, (_, codes) in receivers.items():
+        for name, codes in CODES.items():
             assert {code for tenant, code in found if tenant == name} <= set(codes.split()), name
             assert sum(tenant == name for tenant, _ in found) == 3
         assert peak - before < 48 * MIB
@@ -361,22 +298,24 @@ async def test_far_sides_that_talk_for_ever_cost_bounded_memory_and_hold_up_nobo
 async def test_p99_of_the_others_is_hardly_later_while_far_sides_talk_for_ever(
     deployment: Deployment, report: Callable[[str], None]
 ) -> None:
-    """100,000 events of the others, half of them while ten a second go to those that mean harm."""
-    async with hostile() as receivers, Others.of(deployment, 43, 1000) as others:
-        await deployment.apply({"tenants": [*others.tenants(), *talking(deployment, receivers, "4s")]})
+    """100,000 events of the others, half of them while ten a second go to those that mean harm. In turns, so that a
+    slow minute of the machine meets both."""
+    async with hostile() as ports, Others.of(deployment, 43, 1000) as others:
+        await deployment.apply({"tenants": [*others.tenants(), *talking(deployment, ports, "4s")]})
         worker = await deployment.worker(IN_FLIGHT=str(4 * POOL))
-        process, names = psutil.Process(worker.process.pid), sorted(receivers)
+        process, names = psutil.Process(worker.process.pid), sorted(ports)
 
         def harm(chunk: int) -> Sequence[Any]:
             return [] if chunk % 5 else [(names[chunk // 5 % len(names)], event(f"h{chunk}"))]
 
         await others.publish("warm", 5)
-        await others.publish("before", 25)
-        before = process.memory_info().rss
-        await others.publish("during", 50, among=harm)
-        grown = process.memory_info().rss - before
-        await eventually(lambda: worker.metric("headgate_in_flight") == 0, "what talks has been cut off")
-        await others.publish("after", 25)
+        before, grown = process.memory_info().rss, 0
+        for _ in range(5):
+            await others.publish("before", 5)
+            await others.publish("during", 10, among=harm)
+            grown = max(grown, process.memory_info().rss - before)
+            await eventually(lambda: worker.metric("headgate_in_flight") == 0, "what talks has been cut off")
+            await others.publish("after", 5)
         await others.arrived()
         quiet, during = slowed(others.ages_ms())
         report(
@@ -390,9 +329,8 @@ async def test_p99_of_the_others_is_hardly_later_while_far_sides_talk_for_ever(
 @pytest.mark.scoreboard("R8")
 async def test_a_reader_without_bounds_takes_all_that_those_far_sides_say() -> None:
     """The control of the test above: what comes is not bounded by the far side."""
-    async with hostile() as receivers:
-        receiver, _ = receivers["gigabyte"]
-        reader, writer = await asyncio.open_connection("127.0.0.1", receiver.port)
+    async with hostile() as ports:
+        reader, writer = await asyncio.open_connection("127.0.0.1", ports["gigabyte"])
         writer.write(b"POST / HTTP/1.1\r\ncontent-length: 0\r\n\r\n")
         taken = 0
         while taken < 64 * MIB:
