@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from cli.completion import files
-from cli.output import asks, counted, load_settings, opened, output_option, printable, say, show_json, told
+from cli.output import agrees, asks, counted, load_settings, opened, output_option, printable, say, show_json, told
 from config.document import Document, Objection, Rules, parse_document
 from config.plan import Creation, Plan, make_plan
 from config.provision import provision
@@ -187,7 +187,7 @@ def command(file: str, dry_run: bool, prune: bool, yes: bool, output: str) -> No
     def agreed(plan: Plan) -> bool:
         if yes:
             return True
-        if plan.warning and asks() and file != "-" and not click.confirm("Do all workers have it?", err=True):
+        if plan.warning and asks() and file != "-" and not agrees("Do all workers have it?"):
             return False
         if not plan.removed:
             return True
@@ -196,7 +196,7 @@ def command(file: str, dry_run: bool, prune: bool, yes: bool, output: str) -> No
             raise click.ClickException(f"this removes {count}: {_some(plan.removed)}; add --yes to do it")
         for line in plan.lines:
             say(printable(str(line)))
-        return click.confirm(f"Remove {count}?", err=True)
+        return agrees(f"Remove {count}?")
 
     applied = apply_document(load_settings(), text, shown, dry_run=dry_run, prune=prune, say=say, agreed=agreed)
     _show(applied, dry_run, output)

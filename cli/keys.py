@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from cli.groups import Group
 from cli.output import (
+    agrees,
     asks,
     counted,
     load_settings,
@@ -103,7 +104,7 @@ def rotate(master: bool, tenant: ExternalId | None, wait: bool, vendor: Vendor, 
 
 def _workers_have_it(warning: str) -> None:
     """Says the warning of a new master key, and asks on a terminal."""
-    if asks() and not click.confirm(f"{warning}. Do all workers have it?", err=True):
+    if asks() and not agrees(f"{warning}. Do all workers have it?"):
         raise click.ClickException("nothing was changed")
     say(warning)
 
@@ -217,7 +218,7 @@ def shred_key(tenant: ExternalId, yes: bool, vendor: Vendor, output: str) -> Non
             return True
         if not asks():
             raise click.ClickException(f"this {question}; add --yes to do it")
-        return click.confirm(f"This {question}. Do it?", err=True)
+        return agrees(f"This {question}. Do it?")
 
     shredded = shred_tenant(settings, owner, say=say, agreed=agreed)
     if shredded is None:

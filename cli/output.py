@@ -202,3 +202,18 @@ def opened(file: str) -> IO[bytes]:
 def asks() -> bool:
     """Whether there is somebody to ask."""
     return sys.stdin is not None and sys.stdin.isatty()
+
+
+def agrees(question: str) -> bool:
+    """What the one at the terminal answers; an empty line is a no. Click's own puts a part of it on stdout."""
+    while True:
+        click.echo(f"{question} [y/N]: ", nl=False, err=True)
+        try:
+            answer = input().strip().lower()
+        except EOFError:
+            raise click.Abort from None
+        if answer in ("y", "yes"):
+            return True
+        if answer in ("", "n", "no"):
+            return False
+        say("answer y or n")
