@@ -92,7 +92,7 @@ def list_letters(which: Which, limit: int, with_marked: bool, output: str) -> No
         if mark is not None and mark.partition == message.partition():
             marks[letter_id(mark.partition, mark.offset)] = mark.kind
     newest: list[tuple[int, int, Letter]] = []
-    matched = unread = 0
+    matched = unread = done = 0
     for message in messages(settings, topic, chosen.since_ms):
         letter = letter_of(message, which.owner)
         unread += letter is None and is_unread(message, which.owner)
@@ -100,6 +100,7 @@ def list_letters(which: Which, limit: int, with_marked: bool, output: str) -> No
         if letter is None or not matches(letter, chosen, at_ms):
             continue
         if (mark_kind := marks.get(letter.letter, "")) and not with_marked:
+            done += 1
             continue
         letter = msgspec.structs.replace(letter, mark=mark_kind)
         matched += 1
@@ -110,7 +111,7 @@ def list_letters(which: Which, limit: int, with_marked: bool, output: str) -> No
     if output == "json":
         show_json(letters)
     elif not letters:
-        say("there are no such letters")
+        say("there are no such letters" + (f" but {done} that were replayed or dropped (--all)" if done else ""))
     else:
         _table(letters, which.owner is None, with_marked)
     if matched > len(letters):

@@ -90,6 +90,8 @@ def selectors(command: Callable[..., None]) -> Callable[..., None]:
             raise click.UsageError("--destination goes with --tenant")
         if key is not None and not unrouted:
             raise click.UsageError("--key goes with --unrouted")
+        if since is not None and until is not None and since > until:
+            raise click.UsageError("--since is later than --until: no letter is of both times")
         command(which=Which(vendor, owner, Selectors(destination, error, since, until, key)), **more)
 
     chosen: Callable[..., None] = wrapped

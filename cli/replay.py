@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import click
 
 from cli.letters import Which, current_tenant, selectors, topic_of, vault_of
-from cli.output import asks, counted, load_settings, output_option, say, show_json, told
+from cli.output import agrees, asks, counted, load_settings, output_option, say, show_json, told
 from config.document import parse_rate_per_s
 from config.kafka import KafkaFault
 from config.provision import topic_ids
@@ -205,8 +205,10 @@ def _replayed(
     found = _surveyed(settings, which, post.topic, post.objection, job)
     if dry_run or not _agreed(found, which, "Send"):
         return found, Sent()
+    pace = f" --rate {f'{rate_per_s:.9f}'.rstrip('0').rstrip('.')}/s" if rate_per_s else ""
+    resumed = f"headgate dlq replay {which.spelled()}{pace} --resume {job}"
     if job:
-        say(f"forced replay: if it is interrupted, go on with `headgate dlq replay {which.spelled()} --resume {job}`")
+        say(f"forced replay: if it is interrupted, go on with `{resumed}`")
         job_of: Callable[[int, int], str] = lambda partition, offset: job  # noqa: E731
     else:
         job_of = partial(replay_job, topic_ids(settings.kafka.confluent(), [post.topic])[post.topic])
@@ -224,7 +226,7 @@ def _replayed(
     try:
         sent = replay.run()
     except (KafkaFault, KeyboardInterrupt):
-        again = f"with `headgate dlq replay {which.spelled()} --resume {job}`" if job else "by the same command"
+        again = f"with `{resumed}`" if job else "by the same command"
         say(f"interrupted: {replay.sent.count} of {counted(found.open, 'letter')} sent; go on {again}")
         raise
     _say_skipped(found.skipped - before)
@@ -256,7 +258,7 @@ def _agreed(found: Survey, which: Which, doing: Literal["Send", "Drop"]) -> bool
     """Whether there is something to do and nobody at the terminal objects."""
     if not found.open:
         return False
-    if asks() and not click.confirm(f"{doing} {counted(found.open, 'letter')} {which.of_whom()}?", err=True):
+    if asks() and not agrees(f"{doing} {counted(found.open, 'letter')} {which.of_whom()}?"):
         raise click.ClickException("nothing was changed")
     return True
 
@@ -285,6 +287,8 @@ def _until_routed(settings: Settings, ingress: str, sent: Sent, timeout_s: float
         lambda: progress.tell(lambda: f"waiting until the workers have settled what was sent to {ingress}"),
         timeout_s,
     )
+    if not left:
+        say("settled; what was refused again is listed by `headgate dlq list --unrouted`")
     where = ", ".join(f"{ingress}/{partition} up to offset {end}" for partition, end in left.items())
     return f"{where}: does a worker run?" if left else ""
 

@@ -158,11 +158,12 @@ def test_a_forced_replay_goes_on_with_the_letters_it_was_begun_for_and_no_others
     for number in range(2):
         Letters(shell).write("acme", number, error="timeout" if number else "it's odd")
     chosen = ("--error", "it's odd", "--since", "2h", "--until", "2100-01-01T00:00:00.123Z")
-    told = shell.run("dlq", "replay", *ACME, *chosen, "--force").stderr
+    told = shell.run("dlq", "replay", *ACME, *chosen, "--force", "--rate", "90/m").stderr
     found = re.search(r"go on with `headgate (.*)`", told)
     assert found is not None
     command = shlex.split(found[1])
     assert command[:4] == ["dlq", "replay", *ACME]
+    assert command[-4:-1] == ["--rate", "1.5/s", "--resume"]
     again = shell.run(*command)  # `2h` is a moment there
     assert (again.exit_code, again.stdout) == (0, "1 matched, 0 replayed, 1 skipped\n"), again.stderr
     for others in (ACME, (*ACME, *chosen), ("--tenant", "acme2"), ("--unrouted",)):
@@ -256,6 +257,8 @@ def test_dropped_letters_are_marked_and_nothing_is_sent(shell: Shell) -> None:
     assert done(shell, "drop", *ACME, "--error", "gone") == {"matched": 1, "dropped": 1, "skipped": 0}
     assert listed(shell, *ACME) == ["evt_1"]
     assert done(shell, "drop", *ACME) == {"matched": 2, "dropped": 1, "skipped": 1}
+    listing = shell.run("dlq", "list", *ACME)
+    assert "there are no such letters but 2 that were replayed or dropped (--all)" in listing.stderr
     assert (listed(shell, *ACME), listed(shell, "--tenant", "acme2")) == ([], ["evt_3"])
     assert retries(shell) == []
     assert [one["hg-mark"] for one in marks(dead(shell))] == [b"dropped", b"dropped"]
@@ -334,6 +337,7 @@ def test_unrouted_records_go_back_to_ingress_but_for_those_that_cannot(shell: Sh
         (["replay"], 2, "name a tenant with --tenant, or give --unrouted"),
         (["replay", "--unrouted", "--destination", "hook"], 2, "--destination goes with --tenant"),
         (["drop", "--tenant", "acme", "--key", "k"], 2, "--key goes with --unrouted"),
+        (["drop", "--tenant", "acme", "--since", "1h", "--until", "2h"], 2, "--since is later than --until"),
         (["replay", "--tenant", "acme", "--rate", "fast"], 2, "'fast' is not a rate such as 200/s or 100/m"),
         (["replay", "--tenant", "acme", "--resume", "j"], 2, "'j' is no job: 24 hexadecimal digits"),
         (["drop", "--tenant", "nobody"], 1, "vendor default has no tenant 'nobody'"),
@@ -374,8 +378,11 @@ def test_on_a_terminal_it_asks_first(shell: Shell) -> None:
             os.close(terminal)
 
     refused = answered(b"n\n")
-    assert (refused.returncode, refused.stdout.strip()) == (1, b"")
-    assert b"Send 1 letter of tenant 'acme'? [y/N]" in refused.stderr
+    assert (refused.returncode, refused.stdout) == (1, b"")
+    assert b"Send 1 letter of tenant 'acme'? [y/N]: " in refused.stderr
     assert retries(shell) == []
-    agreed = answered(b"y\n")
-    assert (agreed.returncode, agreed.stdout.strip()) == (0, b"1 matched, 1 replayed, 0 skipped")
+    left = answered(b"\x04")  # the end of input
+    assert (left.returncode, left.stdout) == (130, b"")
+    agreed = answered(b"what\ny\n")
+    assert (agreed.returncode, agreed.stdout) == (0, b"1 matched, 1 replayed, 0 skipped\n")
+    assert b"answer y or n" in agreed.stderr
