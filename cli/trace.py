@@ -683,12 +683,12 @@ def _nothing(settings: Settings, owner: TenantRef, current: CurrentTenant, trace
         told.append(
             f"- not settled yet: {counted(lag, 'record')} of the tenant's partition ({where}). Does a worker run?"
         )
-    since = f"reaches back to {trace.logSince}" if trace.logSince else "is empty"
+    since = f"reaches back to {trace.logSince}" if trace.logSince else "holds nothing of the time that was read"
     told += [
         f"- the log {since} (HEADGATE_ATTEMPTS_RETENTION, --since): what is older is not found",
         "- the id, to the letter; of an event without eventId it is <topic>-<8 hex>-<partition>-<offset>",
         "- a repeat of an earlier event (same eventType and idempotencyKey) is dropped and leaves no record",
-        "- a producer that keys its records otherwise: they are another tenant's, or no tenant's: "
+        "- a record that could not be read, or one under another key, which is another tenant's or no tenant's: "
         f"headgate dlq list --unrouted --vendor {owner.vendor}",
     ]
     return "\n".join(told)
