@@ -717,7 +717,8 @@ class _Reader:
     def _integer(self, node: Node, path: str, least: int, most: int) -> int | None:
         value = plain(node) if isinstance(node, Scalar) and node.kind == "int" and len(node.text) < 20 else None
         if value is None or not least <= value <= most:
-            self._fault(node.place, path, f"must be a whole number from {least} to {most}")
+            seen = f"{node.text[:40]!r} is not" if isinstance(node, Scalar) else "must be"
+            self._fault(node.place, path, f"{seen} a whole number from {least} to {most}")
             return None
         return int(value)
 

@@ -100,7 +100,7 @@ class Options(BaseModel):
     @classmethod
     def _timeout(cls, text: str) -> str:
         if not MIN_TIMEOUT_S <= parse_duration_s(text) <= MAX_TIMEOUT_S:
-            raise ValueError(f"must be between {MIN_TIMEOUT_S * 1000:g}ms and {MAX_TIMEOUT_S:g}s")
+            raise ValueError(f"{text} is not between {MIN_TIMEOUT_S * 1000:g}ms and {MAX_TIMEOUT_S:g}s")
         return text
 
     @property

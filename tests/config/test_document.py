@@ -139,6 +139,7 @@ tenants:
     assert "did you mean destinations?" in told[0]
     assert "did you mean webhook?" in told[2]
     assert "did you mean timeout?" in told[5]
+    assert "'0' is not a whole number from 1 to 1024" in told[6]
     assert "did you mean two?" in told[10]
 
 
