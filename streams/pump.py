@@ -315,7 +315,7 @@ def _not_before_ms(record: Record) -> int:
     for name, value in record.headers:
         if name == NOT_BEFORE:
             try:
-                return int(value)
+                return max(0, int(value))  # below 0 it may be too large for a float, with which lateness is counted
             except (ValueError, TypeError):  # the broker takes headers without a value
                 return 0
     return 0

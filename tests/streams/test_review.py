@@ -36,6 +36,15 @@ def error(record: Read) -> str:
     return found.error
 
 
+def shred(deployment: Deployment, producer: Producer, tenant: ExternalId) -> None:
+    """The first version of its key, with nobody waiting until it is gone from the topic."""
+    topics = deployment.settings.topics
+    marker = ControlKey("shredded", DEFAULT_VENDOR, tenant, "").encode()
+    producer.produce(topics.control, encode_control(ShreddedMarker(tenant, 1, 0)), marker, partition=0)
+    producer.produce(topics.keys, None, ControlKey("key", DEFAULT_VENDOR, tenant, "1").encode(), partition=0)
+    producer.flush(10)
+
+
 async def test_a_bug_in_settling_ends_the_worker_and_the_next_one_loses_nothing(deployment: Deployment):
     await deployment.apply({"tenants": [deployment.tenant("acme")]})
     broken = deployment.launch("w0", (sys.executable, "-c", BREAKS_SETTLING))
@@ -57,12 +66,7 @@ async def test_a_tenant_whose_data_key_is_shredded_ends_nothing_but_its_own(depl
     worker = await deployment.worker()
     await deployment.publish([("acme", event("flying"))])
     await eventually(lambda: worker.metric("headgate_in_flight") == 1, "in flight")
-    acme, topics = ExternalId("acme"), deployment.settings.topics
-    marker = ControlKey("shredded", DEFAULT_VENDOR, acme, "").encode()
-    producer = Producer(deployment.settings.kafka.confluent())
-    producer.produce(topics.control, encode_control(ShreddedMarker(acme, 1, 0)), marker, partition=0)
-    producer.produce(topics.keys, None, ControlKey("key", DEFAULT_VENDOR, acme, "1").encode(), partition=0)
-    producer.flush(10)
+    shred(deployment, Producer(deployment.settings.kafka.confluent()), ExternalId("acme"))
     await deployment.known_to(worker)
     await deployment.publish([("acme", event("late")), ("other", event("e1"))])
     await deployment.inbox.wait_for("/other", 1, 30)
@@ -83,6 +87,7 @@ async def test_forged_records_of_a_retry_topic_end_no_worker_and_hold_nothing_up
     forged: list[dict[str, bytes | None]] = [
         {"hg-hop": b"9" * 30},
         {"hg-not-before": b"9" * 400},
+        {"hg-not-before": b"-" + b"9" * 400},
         {"hg-not-before": None},
         {"hg-attempt": b"-1"},
         {"hg-tenant": None},
