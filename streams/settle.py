@@ -234,7 +234,7 @@ class Settle:
 
     def _seal(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
         delivery = flight.delivery
-        vault = flight.lane.owner.vault
+        vault = flight.lane.owner.newest().vault  # a lane whose destination is gone hears of no change
         try:
             value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, canonical(delivery.event))
         except Unsealable as fault:
@@ -252,7 +252,7 @@ class Settle:
         self._outbox.write(letter)
 
     def _replaced(self, flight: Flight, letter: Letter, found: bool) -> None:
-        owner = flight.lane.owner
+        owner = flight.lane.owner.newest()
         if not found and owner.state == "active":
             # the topic of a living tenant is missing: somebody deleted it. Nothing is acknowledged until it is back
             self._loop.call_later(MISSING_TOPIC_WAIT_S, self._outbox.write, letter)

@@ -9,6 +9,8 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
+from cli.keys import shred_tenant
+from config.provision import delete_topics
 from dev.inbox import Ok, Refuse, Slow, Steps, Throttle, fail_first
 from schemas.control import ControlKey, ShreddedMarker, encode_control
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
@@ -159,6 +161,24 @@ async def test_one_tenants_missing_topic_holds_up_nobody_elses_retries(deploymen
     await deployment.apply({"tenants": [lost, other]})  # makes the topic again
     await deployment.all_committed()
     assert len({one.headers["hg-delivery"] for one in deployment.retries("lost")}) == 100
+
+
+async def test_what_is_to_be_written_for_a_tenant_that_is_deleted_meanwhile_is_dropped(deployment: Deployment):
+    """Its destination was removed before, so that its lane hears of no change any more."""
+    await deployment.apply({"tenants": [deployment.tenant("acme", retry=QUICK)]})
+    deployment.inbox.script("/acme", Slow(delay_s=12.0, status=503))  # until its topic is gone
+    worker = await deployment.worker()
+    await deployment.publish([("acme", event("e1"))])
+    await eventually(lambda: worker.metric("headgate_in_flight") == 1, "in flight")
+    await deployment.apply({"tenants": [{"externalId": "acme"}]})
+    acme = TenantRef(DEFAULT_VENDOR, ExternalId("acme"))
+    kafka, topics = deployment.settings.kafka.confluent(), deployment.settings.topics
+    await asyncio.to_thread(delete_topics, kafka, [topics.retry(DEFAULT_VENDOR, Tag("acme"))])
+    await eventually(lambda: "topic_missing" in worker.log.read_text(), "its retry record cannot be written")
+    await deployment.apply({"tenants": []}, prune=True)
+    await asyncio.to_thread(shred_tenant, deployment.settings, acme, say=print, agreed=lambda question: True)
+    await deployment.all_committed()
+    assert worker.metric("headgate_dropped_total", reason="tenant_deleted") == 1
 
 
 async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
