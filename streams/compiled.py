@@ -11,6 +11,7 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from config.registry import Destination, Registry, Tenant
 from routing.filters import FilterError
@@ -156,13 +157,23 @@ class Tenants:
 
     def _changed(self, tenant: Tenant) -> None:
         ref = tenant.ref
+        before = self._by_ref.get(ref)
         try:
             routes = [compile_route(route) for route in tenant.routes]
         except (PatternError, FilterError, PathError) as fault:
-            # `apply` refuses such a route; what wrote this one was another version. The tenant stays as it was
+            # `apply` refuses such a route; what wrote this one was another version. The tenant stays as it was, but for
+            # its keys: what is shredded must open for nobody
             log.error("route_not_compiled", vendor=ref.vendor, fault=type(fault).__name__)
-            return
-        compiled = CompiledTenant(tenant, routes, self._lanes, self._metrics, self._prefix, self._by_ref.get(ref))
+            if before is None or before.vault is tenant.vault:
+                return
+            tenant = replace(
+                before.tenant,
+                key_version=tenant.key_version,
+                vault=tenant.vault,
+                shredded_through=tenant.shredded_through,
+            )
+            routes = [compile_route(route) for route in tenant.routes]
+        compiled = CompiledTenant(tenant, routes, self._lanes, self._metrics, self._prefix, before)
         self._by_ref[ref] = compiled
         self._by_key.setdefault(ref.vendor, {})[ref.tenant.encode()] = compiled
 

@@ -8,11 +8,12 @@ import msgspec
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
+from msgspec.structs import replace
 
 from cli.keys import shred_tenant
 from config.provision import delete_topics
 from dev.inbox import Ok, Refuse, Slow, Steps, Throttle, fail_first
-from schemas.control import ControlKey, ShreddedMarker, encode_control
+from schemas.control import ControlKey, RouteRecord, ShreddedMarker, TenantRecord, decode_control, encode_control
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
 from schemas.wire import read_parked
 from streams.compiled import Tenants, Unknowns
@@ -179,6 +180,35 @@ async def test_what_is_to_be_written_for_a_tenant_that_is_deleted_meanwhile_is_d
     await asyncio.to_thread(shred_tenant, deployment.settings, acme, say=print, agreed=lambda question: True)
     await deployment.all_committed()
     assert worker.metric("headgate_dropped_total", reason="tenant_deleted") == 1
+
+
+async def test_a_key_that_is_shredded_goes_though_the_tenant_stays_as_it_was_for_a_strange_route(
+    deployment: Deployment,
+):
+    await deployment.apply({"tenants": [deployment.tenant("acme")]})
+    worker = await deployment.worker()
+    topics = deployment.settings.topics
+    producer = Producer(deployment.settings.kafka.confluent())
+    for one in await asyncio.to_thread(deployment.read, topics.control):  # the tenant comes last
+        match record := decode_control(one.value or b""):
+            case RouteRecord():
+                record = replace(record, version=2, where="of_a_later_release(payload)")
+            case TenantRecord():
+                parts = {name: 2 if name.startswith("route/") else version for name, version in record.parts.items()}
+                record = replace(record, configVersion=2, parts=parts)
+            case _:
+                continue
+        producer.produce(topics.control, encode_control(record), one.key, partition=0)
+    producer.flush(10)
+    await eventually(lambda: "route_not_compiled" in worker.log.read_text(), "the route is not read")
+    await deployment.publish([("acme", event("e1"))])
+    await deployment.inbox.wait_for("/acme", 1, 30)
+    shred(deployment, producer, ExternalId("acme"))
+    await deployment.known_to(worker)
+    await deployment.publish([("acme", event("e2"))])
+    (letter,) = await eventually(deployment.unrouted, "what can be neither parked nor logged is kept as it came")
+    assert letter.headers["hg-error"] == b"unsealable"
+    assert len(deployment.inbox.received("/acme")) == 1
 
 
 async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
