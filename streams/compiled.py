@@ -236,10 +236,10 @@ class Unknowns(Generic[T]):
                 items, self._waiting = self._waiting, []
                 size = self.held_bytes
                 await self._tenants.ask()
+                await self._again(items)  # which may have to wait, and has them meanwhile
                 self.held_bytes -= size
                 if self.held_bytes <= self._max_bytes:
                     self._room.set()
-                await self._again(items)
         finally:
             self._task = None
 

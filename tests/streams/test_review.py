@@ -16,7 +16,7 @@ from dev.inbox import Ok, Refuse, Slow, Steps, Throttle, fail_first
 from schemas.control import ControlKey, RouteRecord, ShreddedMarker, TenantRecord, decode_control, encode_control
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
 from schemas.wire import read_parked
-from streams.compiled import Tenants, Unknowns
+from streams.compiled import UNKNOWN_OVERHEAD_BYTES, Tenants, Unknowns
 from streams.metrics import Metrics
 from tests.deployment import Deployment, Read, event, eventually
 
@@ -214,6 +214,7 @@ async def test_a_key_that_is_shredded_goes_though_the_tenant_stays_as_it_was_for
 async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
     answered = asyncio.Event()
     again: list[int] = []
+    held: list[int] = []
 
     class Away(Tenants):
         def __init__(self) -> None:
@@ -223,6 +224,7 @@ async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
             await answered.wait()
 
     async def take(items: Any) -> None:
+        held.append(unknowns.held_bytes)
         again.extend(items)
 
     unknowns: Unknowns[int] = Unknowns(Away(), take, max_bytes=100_000)
@@ -238,6 +240,7 @@ async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
     answered.set()
     await unknowns.room()
     await eventually(lambda: len(again) == taken, "all are taken up again", 5)
+    assert held == [size * (9000 + UNKNOWN_OVERHEAD_BYTES) for size in (10, 9)]  # until they are somebody else's
     assert unknowns.held_bytes == 0
 
 
