@@ -23,6 +23,7 @@ log = structlog.get_logger()
 DONE: Final = "d"
 SLICE_S: Final = 0.005
 FIRST_CALL_S: Final = 2.0
+CONNECTIONS: Final = 8
 
 # Keys and values travel as one msgpack blob; Redis's cmsgpack reads `str`, not `bin`.
 # Answers one character a question. Events: '1' first seen here or at this same position, '0' a duplicate.
@@ -122,9 +123,11 @@ class Ledger:
         off_s: float = 1.0,
         on_error: Callable[[], None],
     ) -> None:
-        self._redis = redis.asyncio.Redis.from_url(
-            url, socket_connect_timeout=1.0, socket_timeout=5.0, single_connection_client=False, max_connections=8
+        # who finds all connections taken waits for one, within its 50 ms: other pools refuse, which looks like a fault
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url, max_connections=CONNECTIONS, timeout=None, socket_connect_timeout=1.0, socket_timeout=5.0
         )
+        self._redis = redis.asyncio.Redis.from_pool(pool)
         self._dedupe_ttl_s = int(dedupe_ttl_s)
         self._ledger_ttl_s = int(ledger_ttl_s)
         self._deadline_s = deadline_s

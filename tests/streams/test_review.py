@@ -1,6 +1,7 @@
 """What once could end a worker, stall it without a word, or lose a record: on real Kafka, one test each."""
 
 import asyncio
+import secrets
 import sys
 from typing import Any
 
@@ -13,10 +14,12 @@ from msgspec.structs import replace
 from cli.keys import shred_tenant
 from config.provision import delete_topics
 from dev.inbox import Ok, Refuse, Slow, Steps, Throttle, fail_first
+from dev.stack import Stack
 from schemas.control import ControlKey, RouteRecord, ShreddedMarker, TenantRecord, decode_control, encode_control
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
 from schemas.wire import read_parked
 from streams.compiled import UNKNOWN_OVERHEAD_BYTES, Tenants, Unknowns
+from streams.ledger import CONNECTIONS, Ledger
 from streams.metrics import Metrics
 from tests.deployment import Deployment, Read, event, eventually
 
@@ -209,6 +212,16 @@ async def test_a_key_that_is_shredded_goes_though_the_tenant_stays_as_it_was_for
     (letter,) = await eventually(deployment.unrouted, "what can be neither parked nor logged is kept as it came")
     assert letter.headers["hg-error"] == b"unsealable"
     assert len(deployment.inbox.received("/acme")) == 1
+
+
+async def test_more_questions_to_redis_than_connections_are_all_answered(stack: Stack):
+    """As many schemas as were waited for ask at once when there is room again."""
+    url = stack.settings()["HEADGATE_REDIS_URL"]
+    ledger = Ledger(url, dedupe_ttl_s=60, ledger_ttl_s=60, deadline_s=5, on_error=lambda: None)
+    keys = [f"{secrets.token_hex(8)}e" for _ in range(5 * CONNECTIONS)]
+    answers = await asyncio.gather(*[ledger.ask([key], ["0"], (), ()) for key in keys])
+    assert all(answer is not None and answer.clean for answer in answers)
+    await ledger.close()
 
 
 async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
