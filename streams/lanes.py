@@ -243,7 +243,9 @@ class Lanes:
 
     def hold(self, flight: Flight) -> None:
         """Counts a delivery among what this worker has, until `release`."""
-        self._flights[flight.key] = flight
+        flying = self._flights.get(flight.key)
+        if flying is None or flying.delivery.hop < flight.delivery.hop:  # a stale one must not hide it from its copies
+            self._flights[flight.key] = flight
         shared = flight.shared
         if shared is not None:
             shared.holders += 1

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import sys
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -13,12 +13,17 @@ from msgspec.structs import replace
 
 from cli.keys import shred_tenant
 from config.provision import delete_topics
+from connectors.egress import Egress
 from dev.inbox import Ok, Refuse, Slow, Steps, Throttle, fail_first
 from dev.stack import Stack
 from schemas.control import ControlKey, RouteRecord, ShreddedMarker, TenantRecord, decode_control, encode_control
-from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
+from schemas.delivery import Delivery
+from schemas.event import Event
+from schemas.ids import DEFAULT_VENDOR, DeliveryId, DestinationId, ExternalId, Tag, TenantRef
 from schemas.wire import read_parked
 from streams.compiled import UNKNOWN_OVERHEAD_BYTES, Tenants, Unknowns
+from streams.flight import Fan, Flight
+from streams.lanes import Lanes, LaneSettings
 from streams.ledger import CONNECTIONS, Ledger
 from streams.metrics import Metrics
 from tests.deployment import Deployment, Read, event, eventually
@@ -222,6 +227,23 @@ async def test_more_questions_to_redis_than_connections_are_all_answered(stack: 
     answers = await asyncio.gather(*[ledger.ask([key], ["0"], (), ()) for key in keys])
     assert all(answer is not None and answer.clean for answer in answers)
     await ledger.close()
+
+
+async def test_a_stale_copy_does_not_hide_the_one_in_flight_from_its_own_copies():
+    metrics = Metrics(tenant_label="tag", type_label=False, version="0")
+    lanes = Lanes(LaneSettings(1, 1000, 1000), Egress((), on_blocked=lambda _: None), metrics)
+
+    def copy(hop: int, offset: int) -> Flight:
+        whose = TenantRef(DEFAULT_VENDOR, ExternalId("acme")), DestinationId("hook"), DeliveryId("dlv_1")
+        delivery = Delivery(*whose, Event("t", msgspec.Raw(b"1")), "", 0, 1, hop=hop)
+        return Flight(delivery, cast(Any, None), Fan(lambda _: None), offset, "dlv_1", "dlv_1", 1)
+
+    flying, stale, again = copy(1, 10), copy(0, 20), copy(1, 11)
+    lanes.hold(flying)
+    lanes.hold(stale)
+    lanes.release([stale])
+    lanes.admit(again, 0.0)
+    assert flying.joined == [(again.source, 11)]
 
 
 async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
