@@ -7,10 +7,13 @@ import struct
 import uuid
 import weakref
 from random import Random
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from aiokafka.conn import create_conn
+from aiokafka.consumer import fetcher
+from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.errors import CorruptRecordException
 from aiokafka.protocol.admin import ApiVersionRequest
 from aiokafka.protocol.fetch import FetchRequest, FetchRequest_v11, FetchResponse_v11
@@ -19,16 +22,19 @@ from aiokafka.structs import TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from dev.stack import Stack
+from streams import fetching, transport
 from streams.fetching import (
     FIRST_BUFFER_BYTES,
     KEPT_BUFFER_BYTES,
     Answer,
     Batches,
+    FetchResult,
     PartitionRecords,
     Session,
     _Frames,
     _Question,
 )
+from streams.transport import ConsumerThread, Fetching
 
 AT = TopicPartition("events", 3)
 
@@ -226,3 +232,93 @@ def test_an_answer_is_read_as_aiokafka_reads_it() -> None:
     encoded = struct.pack(">i", 55) + FetchResponse_v11(0, 0, 99, topics).encode()
     answer = Answer(memoryview(encoded))
     assert (answer.error_code, answer.session_id, answer.topics) == (0, 99, topics)
+
+
+class Untimed(asyncio.SelectorEventLoop):
+    """Its clock goes on only when all would sleep, and then to the next that wakes: a busy machine changes nothing."""
+
+    now = 100.0
+
+    def time(self) -> float:
+        return self.now
+
+    def _run_once(self) -> None:
+        internals = cast(Any, self)
+        wakes = [timer.when() for timer in internals._scheduled if not timer.cancelled()]
+        if wakes and not internals._ready:
+            self.now = max(self.now + 1e-6, min(wakes))  # a wait that is lost in rounding must end, too
+        cast(Any, super())._run_once()
+
+
+class Broker:
+    """Answers questions as one does: once there is enough, else at the end of the longest wait."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._metadata_max_age_ms = 300_000
+        self.cluster = SimpleNamespace(leader_for_partition=lambda _: 0)
+        self.log: dict[int, bytes] = {}
+        self.questions: list[list[int]] = []
+
+    async def send(self, _node: int, question: Any) -> Any:
+        asked = [partition for _, partitions in question.topics for partition, _, _ in partitions]
+        self.questions.append(sorted(asked))
+        if sum(len(self.log.get(partition, b"")) for partition in asked) < question._min_bytes:
+            await asyncio.sleep(question._max_wait_ms / 1000)
+        found = [(partition, 0, 10**6, 10**6, 0, [], -1, self.log.pop(partition, b"")) for partition in asked]
+        return SimpleNamespace(API_VERSION=11, topics=[(AT.topic, found)])
+
+
+async def polls_until_the_fresh_one_is_drawn() -> int:
+    """How often the worker looks, while what one partition has brought lies undrawn."""
+    flooded, other = TopicPartition(AT.topic, 0), TopicPartition(AT.topic, 1)
+    subscriptions, broker = SubscriptionState(), Broker()
+    subscriptions.assign_from_user({flooded, other})
+    for partition in (flooded, other):
+        state = subscriptions.subscription.assignment.state_value(partition)
+        state.await_reset(0)
+        state.reset_to(0)
+    asking = Fetching(min_bytes=1000)
+    broker.log[0] = batch(0, 1000)
+    reader = fetcher.Fetcher(
+        broker, subscriptions, fetch_min_bytes=asking.min_bytes, fetch_max_wait_ms=asking.max_wait_ms
+    )
+    consumer = SimpleNamespace(
+        _fetcher=reader, _subscription=subscriptions, assignment=subscriptions.assigned_partitions
+    )
+    thread: Any = SimpleNamespace(
+        transport=SimpleNamespace(fetching=asking), _healthy_consumer=lambda: consumer
+    )  # fmt: skip
+    try:
+        begun = await ConsumerThread._draw(thread, transport.FETCH_WAIT_S, asking.max_records, frozenset())
+        assert [*begun.records] == [flooded]
+        broker.log[1] = batch(0, 1)
+        for poll in range(1, 100):
+            drawn = await ConsumerThread._draw(thread, transport.FULL_WAIT_S, asking.max_records, frozenset({flooded}))
+            if drawn.records:
+                assert [*drawn.records] == [other]
+                assert flooded in reader._records  # still
+                assert broker.questions[0] == [0, 1]
+                assert [0] not in broker.questions
+                return poll
+        pytest.fail("never drawn")
+    finally:
+        await reader.close()
+
+
+@pytest.mark.parametrize(
+    "control", ["", "aiokafka waits 100 ms for what is undrawn", "the broker gathers for the others"]
+)
+def test_a_partition_that_lies_undrawn_keeps_no_fresh_record_of_another_one_back(
+    control: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if control.startswith("aiokafka"):
+        monkeypatch.delattr(FetchResult, "calculate_backoff")
+    elif control:
+        monkeypatch.setattr(transport, "BEHIND_MAX_WAIT_MS", Fetching().max_wait_ms)
+    with asyncio.Runner(loop_factory=Untimed) as runner:
+        clock = cast(Untimed, runner.get_loop()).time
+        monkeypatch.setattr(fetcher, "time", SimpleNamespace(monotonic=clock, time=clock))
+        monkeypatch.setattr(fetching, "monotonic", clock)
+        polls = runner.run(polls_until_the_fresh_one_is_drawn())
+    assert (polls == 1) is not bool(control)
