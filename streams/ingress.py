@@ -28,7 +28,7 @@ from streams.compiled import CompiledTenant, Tenants, Unknowns
 from streams.fetching import FetchedRecord
 from streams.flight import Fan, Flight, Shared
 from streams.lanes import Lanes
-from streams.ledger import Ledger
+from streams.ledger import GO_ON, STALE, WAS_DONE, Ledger
 from streams.metrics import Metrics, bump
 from streams.outbox import RawHeaders
 from streams.schemas import SchemaRegistry, Schemas
@@ -43,9 +43,6 @@ AVRO_S: Final = 0.1  # that a round may read Avro
 MOST_RECORDS: Final = 2 * ROUND_RECORDS  # waiting for their round, of all partitions
 MOST_BYTES: Final = ROUND_BYTES
 NONE: Final[frozenset[tuple[str, int]]] = frozenset()
-NEW: Final = ord("1")
-STALE: Final = ord("s")
-DONE: Final = ord("d")
 
 
 class Lot(Struct, gc=False):
@@ -253,7 +250,7 @@ class Router:
         at = first = 0
         for place, item in enumerate(routed):
             count = len(item.matching.matched)
-            if not clean and answers is not None and answers.events[place] != NEW:
+            if not clean and answers is not None and answers.events[place] != GO_ON:
                 bump(item.tenant.event_counts, "duplicate")
                 item.lot.fan.settled((item.record.offset,))
             else:
@@ -429,7 +426,7 @@ class Router:
             )
             if match.redaction is None:
                 flight.shared = shared
-            if answers and answers[place] == DONE:
+            if answers and answers[place] == WAS_DONE:
                 self._lanes.hold(flight)
                 self._settle.recovered(flight)
             elif answers and answers[place] == STALE:

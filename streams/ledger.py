@@ -20,7 +20,11 @@ from schemas.ids import TenantRef, base32, digest, parts
 
 log = structlog.get_logger()
 
-DONE: Final = "d"
+DONE: Final = "d"  # what it is told
+# what it answers, of an event or a delivery
+GO_ON: Final = ord("1")
+WAS_DONE: Final = ord("d")
+STALE: Final = ord("s")
 SLICE_S: Final = 0.005
 FIRST_CALL_S: Final = 2.0
 CONNECTIONS: Final = 8
@@ -103,7 +107,7 @@ def tenant_space(prefix: str, tenant: TenantRef) -> str:
 
 
 class Answers(msgspec.Struct, frozen=True, gc=False):
-    """`events[i]`: ord('1') new, ord('0') duplicate. `deliveries[i]`: ord('1') go on, ord('d') done, ord('s') stale."""
+    """`events[i]`: `GO_ON`, else a duplicate. `deliveries[i]`: `GO_ON`, `WAS_DONE` or `STALE`."""
 
     events: bytes
     deliveries: bytes

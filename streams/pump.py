@@ -33,7 +33,7 @@ from msgspec import Struct
 
 from routing.policy import Look, look, looked_at_ms
 from streams.offsets import NO_CARRY, NOTHING_FETCHED, Carry, Tracker
-from streams.transport import ConsumerDied, GroupConsumer, Record, TopicPartition
+from streams.transport import GroupConsumer, Record, TopicPartition
 
 log = structlog.get_logger(__name__)
 
@@ -592,7 +592,7 @@ class Pump(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
                 self._consumer.join_again_if_needed()
                 await asyncio.sleep(FAULT_BACKOFF_S)
                 continue
-            self._check_alive()
+            self._consumer.check_alive()
             if not batch:
                 continue
             # no await since the records were returned: they belong to the assignment that is in force now, even if
@@ -605,13 +605,6 @@ class Pump(aiokafka.ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafk
                 self._throttle(True)
             self._kick.set()
             await asyncio.sleep(0)
-
-    def _check_alive(self) -> None:
-        """A background task of aiokafka that died of a fault would leave the pump waiting for ever."""
-        consumer = self._consumer
-        for task in (consumer._coordinator._coordination_task, consumer._fetcher._fetch_task):
-            if task.done() and not task.cancelled():
-                raise ConsumerDied from task.exception()
 
     def _take(self, at: TopicPartition, records: list[Record]) -> None:
         slot = self._slots[at]

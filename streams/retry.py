@@ -24,7 +24,7 @@ from schemas.wire import parked_headers, read_parked, unread_of
 from streams.compiled import Tenants, Unknowns
 from streams.flight import Flight
 from streams.lanes import Lanes
-from streams.ledger import Ledger
+from streams.ledger import GO_ON, STALE, WAS_DONE, Ledger
 from streams.metrics import Metrics
 from streams.outbox import Letter
 from streams.pump import Due
@@ -34,10 +34,6 @@ log = structlog.get_logger()
 
 LONGEST_WAIT_MS: Final = 300_000  # of a record that this release does not read, between two looks at it
 SAY_EVERY_S: Final = 10.0
-
-STALE: Final = ord("s")
-DONE: Final = ord("d")
-GO_ON: Final = ord("1")
 
 
 class Retries:
@@ -96,7 +92,7 @@ class Retries:
         for place, flight in enumerate(flights):
             answer = GO_ON if answers is None else answers.deliveries[place]
             self._lanes.came_back(flight.lane)
-            if answer == DONE:
+            if answer == WAS_DONE:
                 self._lanes.hold(flight)
                 self._settle.recovered(flight)
             elif answer == STALE:

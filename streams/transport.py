@@ -323,6 +323,15 @@ class GroupConsumer(aiokafka.AIOKafkaConsumer):
                 raise
             await self._client.close()
 
+    def check_alive(self) -> None:
+        """A background task of aiokafka that died of a fault would leave whoever reads waiting for ever.
+
+        Raises ConsumerDied.
+        """
+        for task in (self._coordinator._coordination_task, self._fetcher._fetch_task):
+            if task.done() and not task.cancelled():
+                raise ConsumerDied(f"aiokafka: {task.get_coro()} ended") from task.exception()
+
     def join_again_if_needed(self) -> None:
         """A heartbeat that the group refused (its right was taken away) has ended for good: aiokafka tells of that for
         ever, and begins another one only when it joins. So it has to join, and does once it may again."""
@@ -418,9 +427,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         fetcher, coordinator = consumer._fetcher, consumer._coordinator
         if consumer._closed or fetcher._closed:
             raise ConsumerStoppedError
-        for task in (coordinator._coordination_task, fetcher._fetch_task):
-            if task.done() and not task.cancelled():
-                raise ConsumerDied(f"aiokafka: {task.get_coro()} ended") from task.exception()
+        consumer.check_alive()
         consumer.join_again_if_needed()
         coordinator.check_errors()  # takes the fault, else the coordinator waits for ever for someone to take it
         return consumer
