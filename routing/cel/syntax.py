@@ -17,7 +17,7 @@ MAX_CHARACTERS: Final = 4096
 # brackets, braces and parentheses inside each other; the parser takes five Python frames for each
 MAX_NESTING: Final = 50
 # names, constants and operators; with them the time to compile is bounded
-MAX_NODES: Final = 1_000
+MAX_NODES: Final = 800
 # with brackets, commas and dots
 MAX_TOKENS: Final = 2_000
 MAX_MACROS: Final = 100

@@ -231,7 +231,7 @@ def test_hostile_nesting_and_length_are_refused_and_nothing_overflows(expression
 
 
 @pytest.mark.parametrize(
-    "expression", ["!" * 1990 + "true", "-" * 1989 + "1 == 1 || true", " || ".join(["payload.a == 1"] * 200)]
+    "expression", ["!" * 1990 + "true", "-" * 1989 + "1 == 1 || true", " || ".join(["payload.a == 1"] * 150)]
 )
 def test_long_chains_that_need_no_depth_are_fine(expression: str) -> None:
     assert compile_filter(expression).matches(event({"a": 1}))
