@@ -177,8 +177,9 @@ class Router:
             await self._schemas.room()
             lots: list[Lot] = []
             count = size = 0
-            while self._inbox and count < ROUND_RECORDS and size < ROUND_BYTES:
-                at = next(iter(self._inbox))
+            for at in tuple(self._inbox):  # each has its turn once: a round of one that floods ends soon
+                if count >= ROUND_RECORDS or size >= ROUND_BYTES:
+                    break
                 of_partition = self._inbox.pop(at)
                 lot = of_partition.popleft()
                 if of_partition:

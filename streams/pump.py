@@ -43,9 +43,9 @@ HEADS_SHARE: Final = 4  # of the budget, one part is for records whose tier's ti
 NEAR_MS: Final = 30_000  # what is looked at later than that is not kept, but fetched again shortly before
 PARTITION_BYTES: Final = 4 * MIB  # that one partition may keep of what is near
 RECORD_OVERHEAD_BYTES: Final = 3000  # Python's objects for a record and its fifteen headers
-BATCH_RECORDS: Final = 500
+BATCH_RECORDS: Final = 100  # some 7 ms of the loop where all are parked again: others go on in between
 BATCH_BYTES: Final = 4 * MIB
-SLICE_RECORDS: Final = 100  # that one partition takes of a batch before it is another one's turn
+SLICE_RECORDS: Final = 50  # that one partition takes of a batch before it is another one's turn
 FETCH_WAIT_MS: Final = 300
 FETCH_BYTES: Final = 4 * MIB
 PARTITION_FETCH_BYTES: Final = 256 * 1024  # kept of each of many partitions; a larger batch comes alone
@@ -58,6 +58,7 @@ COMMIT_TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 5.0
 DRAINING: Final = "draining"
 NOT_BEFORE: Final = "hg-not-before"
+LATEST_MS: Final = 2**53  # what a float holds: lateness and tiers are counted in such
 
 
 class PumpSource:
@@ -315,7 +316,7 @@ def _not_before_ms(record: Record) -> int:
     for name, value in record.headers:
         if name == NOT_BEFORE:
             try:
-                return max(0, int(value))  # below 0 it may be too large for a float, with which lateness is counted
+                return min(max(0, int(value)), LATEST_MS)
             except (ValueError, TypeError):  # the broker takes headers without a value
                 return 0
     return 0
