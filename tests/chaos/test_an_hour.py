@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from statistics import fmean, linear_regression
+from statistics import fmean, median
 from typing import Any, Final
 
 import psutil
@@ -63,10 +63,13 @@ Sample = Mapping[str, float]
 
 
 def growth(samples: Sequence[Sample], name: str) -> tuple[float, float]:
-    """Over the second half: the regression's rise from its start to its end, and the mean."""
-    half = samples[len(samples) // 2 :]
-    at, values = [one["at"] for one in half], [one[name] for one in half]
-    return linear_regression(at, values).slope * (at[-1] - at[0]), fmean(values)
+    """Over the second half: the rise from its start to its end, and the mean.
+
+    By the medians of its two parts: what is 0 but for a stalled moment has a regression that is ruled by when that was.
+    """
+    values = [one[name] for one in samples[len(samples) // 2 :]]
+    middle = len(values) // 2
+    return 2 * (median(values[middle:]) - median(values[:middle])), fmean(values)
 
 
 def grown(samples: Sequence[Sample], names: Sequence[str]) -> set[str]:
