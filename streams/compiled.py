@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 QUESTION_EVERY_S: Final = 1.0
 UNKNOWN_OVERHEAD_BYTES: Final = 1024  # Python's objects for a record that waits
+AT_A_TIME: Final = 600  # of what has waited: as many as a round has (`ingress.py`), for the others' sake
 
 
 class CompiledTenant:
@@ -201,7 +202,7 @@ class Tenants:
 
 
 class Unknowns(Generic[T]):
-    """Records that wait for the registry to catch up; then `again` is called with them. Others go on meanwhile."""
+    """Records that wait for the registry to catch up; then `again` gets them, `AT_A_TIME`. Others go on meanwhile."""
 
     def __init__(self, tenants: Tenants, again: Callable[[Sequence[T]], Awaitable[None]], max_bytes: int) -> None:
         """Who adds waits for `room` before it takes more: a control plane that is away must not fill the memory."""
@@ -236,7 +237,8 @@ class Unknowns(Generic[T]):
                 items, self._waiting = self._waiting, []
                 size = self.held_bytes
                 await self._tenants.ask()
-                await self._again(items)  # which may have to wait, and has them meanwhile
+                for first in range(0, len(items), AT_A_TIME):  # held meanwhile: `again` may have to wait
+                    await self._again(items[first : first + AT_A_TIME])
                 self.held_bytes -= size
                 if self.held_bytes <= self._max_bytes:
                     self._room.set()

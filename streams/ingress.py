@@ -195,9 +195,8 @@ class Router:
             del lots, lot  # or their records stay in memory until the next ones come
 
     async def _asked(self, records: Sequence[tuple[Lot, Record]]) -> None:
-        for first in range(0, len(records), ROUND_RECORDS):
-            await self._lanes.room.wait()
-            await self._round(records[first : first + ROUND_RECORDS], asked=True)
+        await self._lanes.room.wait()
+        await self._round(records, asked=True)
 
     async def _schema_told(self, records: Sequence[tuple[Lot, Record]], problem: Problem | None) -> None:
         if problem is None:

@@ -20,7 +20,7 @@ from msgspec import Struct
 from config.settings import SchemaRegistrySettings
 from schemas.avro.reader import MAX_SCHEMA_BYTES, Envelope, compile_envelope
 from schemas.event import Problem
-from streams.compiled import UNKNOWN_OVERHEAD_BYTES
+from streams.compiled import AT_A_TIME, UNKNOWN_OVERHEAD_BYTES
 
 log = structlog.get_logger()
 
@@ -33,7 +33,6 @@ PATIENCE_S: Final = 30.0
 ABSENT_FOR_S: Final = 10.0  # what the registry has no Avro schema for is asked for again after that time
 MAX_ABSENT: Final = 1000
 MAX_ANSWER_BYTES: Final = 4 * MAX_SCHEMA_BYTES  # a schema is a JSON text inside of one
-AT_A_TIME: Final = 600  # of what waited, once there is an answer: as many as a round has (`ingress.py`)
 MAX_KEPT_BYTES: Final = 16 * 2**20  # of schemas as text
 SAY_AGAIN_S: Final = 30.0
 
