@@ -25,7 +25,7 @@ from config.vault import MasterKeys
 from config.writer import Writer, read_current
 from connectors.egress import Egress
 from connectors.registry import KINDS, LATER
-from routing.filters import FilterError, compile_filter
+from routing.filters import Filter, FilterError, compile_filter, compile_text
 from routing.match import PatternError, parse_pattern
 from routing.redact import PathError, parse_path
 from schemas.topics import TopicSpec, base_topics, record_bytes, tenant_topics
@@ -110,9 +110,9 @@ def provision_topics(settings: Settings, plan: Plan, say: Callable[[str], None] 
     )
 
 
-def _check_where(text: str) -> Objection | None:
+def _check_expression(compiled: Callable[[str], Filter], text: str) -> Objection | None:
     try:
-        compile_filter(text)
+        compiled(text)
     except FilterError as fault:
         at = f"line {fault.line}, column {fault.column}" if fault.line > 1 else f"column {fault.column}"
         return Objection(f"{at}: {fault.message}", fault.remedy, fault.column if fault.line == 1 else 0)
@@ -142,7 +142,14 @@ def _check_dial(egress: Egress, host: str, tls: bool) -> Objection | None:
     return Objection(why, f"{remedy}unlike the one here, covers it")
 
 
-RULES: Final = Rules(KINDS, LATER, _check_where, _check_pattern, _check_redact)
+RULES: Final = Rules(
+    KINDS,
+    LATER,
+    check_where=partial(_check_expression, compile_filter),
+    check_pattern=_check_pattern,
+    check_redact=_check_redact,
+    check_text=partial(_check_expression, compile_text),
+)
 
 
 @click.command()

@@ -59,6 +59,11 @@ class Kind(Protocol):
         """By option, the host that options name and whether it is spoken to in TLS."""
         ...
 
+    @property
+    def expressions(self) -> Callable[[Any], MappingOf[str, str]]:
+        """By option, the expression over an event that it holds; each gives a text."""
+        ...
+
 
 class Objection(Struct, frozen=True):
     """What a rule has against a text, and what to write instead. `column`: from 1 inside the text; 0: all of it."""
@@ -83,6 +88,7 @@ class Rules(Struct, frozen=True):
     check_where: Check
     check_pattern: Check
     check_redact: Check
+    check_text: Check
     check_dial: Callable[[str, bool], Objection | None] = lambda host, tls: None
 
 
@@ -368,6 +374,8 @@ class _Reader:
                 if (objection := self._rules.check_dial(host, tls)) is not None:
                     place = _descend(node or parent, (name,))[0].place
                     self._warn(place, f"{path}.{name}", objection.message, objection.remedy)
+            for name, text in kind.expressions(valid).items():
+                self._object(_descend(node or parent, (name,))[0], f"{path}.{name}", self._rules.check_text(text))
         return msgspec.Raw(encoded)
 
     def _secrets(self, kind: Kind | None, node: Node | None, path: str) -> dict[str, SecretStr | None]:

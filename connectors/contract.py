@@ -4,14 +4,17 @@ A connector does not sleep, retry, log, count or read a clock; the pipeline does
 outcomes and lets the rest reach `streams/runner.py`.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 from msgspec import Struct
 from pydantic import BaseModel
 
 from schemas.delivery import Delivery
+from schemas.event import Event
 from schemas.ids import DeliveryId, DestinationId, TenantRef
 from schemas.outcome import Outcome
 
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound=BaseModel)
 Secrets = TypeVar("Secrets", bound=BaseModel)
+# An expression of the options, compiled: what it gives of an event. Raises ValueError where it cannot be evaluated on
+# this one; the fault's text names fields and types, never a value.
+Expression: TypeAlias = Callable[[Event], str]
+Expressions: TypeAlias = Mapping[str, Expression]  # by option
 
 
 class Feed(Enum):
@@ -88,6 +95,27 @@ class Direct(Connector, Protocol):
         """Begins the attempt; `done` is called exactly once, from the event loop, never from inside `start`."""
         ...
 
+    def hurry(self) -> None:
+        """No more comes before something ends: what lingers to be sent together goes now."""
+        ...
+
+
+async def deliver_each(connector: Direct, batch: Batch) -> Mapping[DeliveryId, Outcome]:
+    """`deliver` of a `Direct` connector, through a future for each delivery: for those who have no lane."""
+    loop = asyncio.get_running_loop()
+    waiting: dict[DeliveryId, asyncio.Future[Outcome]] = {}
+    for delivery in batch.deliveries:
+        waiting[delivery.id] = loop.create_future()
+        connector.start(delivery, batch.at_ms, partial(_give, waiting[delivery.id]))
+    connector.hurry()
+    return {ident: await outcome for ident, outcome in waiting.items()}
+
+
+def _give(waiter: asyncio.Future[Outcome], outcome: Outcome) -> None:
+    """A waiter that was cancelled wants nothing any more."""
+    if not waiter.done():
+        waiter.set_result(outcome)
+
 
 class Spec(Generic[Options, Secrets]):
     """What a kind declares. Validation, docs page, form and OpenAPI branch come from `options` and `secrets`."""
@@ -102,15 +130,17 @@ class Spec(Generic[Options, Secrets]):
         secrets: type[Secrets],
         example: Mapping[str, Any],
         codes: Mapping[str, str],
-        connect: "Callable[[TenantRef, DestinationId, Options, Secrets, Egress, Set[int]], Connector]",
+        connect: "Callable[[TenantRef, DestinationId, Options, Secrets, Egress, Set[int], Expressions], Connector]",
         dials: Callable[[Options], Mapping[str, tuple[str, bool]]],
+        expressions: Callable[[Options], Mapping[str, str]] = lambda options: {},
         generate: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         """`codes` maps each outcome code to its meaning; `generate` makes the secrets that none were given for.
 
-        `dials` gives, by option, the host that it names and whether that is spoken to in TLS.
+        `dials` gives, by option, the host that it names and whether that is spoken to in TLS; `expressions` the
+        expression over an event that it holds (`routing/filters.py`), which must give a text.
 
-        `connect`'s last argument are the statuses of the destination's `retry.also`.
+        `connect`'s last arguments are the statuses of the destination's `retry.also`, and those expressions, compiled.
         """
         self.kind = kind
         self.title = title
@@ -121,4 +151,5 @@ class Spec(Generic[Options, Secrets]):
         self.codes = codes
         self.connect = connect
         self.dials = dials
+        self.expressions = expressions
         self.generate = generate

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias, TypeVar, cast
 
 from msgspec import Struct
 
@@ -112,6 +112,13 @@ def open_socket(address: Address, port: int) -> socket.socket:
         made.close()
         raise
     return made
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Kept = TypeVar("Kept", bound=Closable)
 
 
 class _Asked(Struct):
@@ -214,9 +221,10 @@ class Egress:
         self._known: dict[tuple[TenantRef, str], tuple[float, Names]] = {}
         self._asked: dict[tuple[TenantRef, str], _Asked] = {}
         self._looking: set[tuple[TenantRef, str]] = set()
-        self._ca_file = ca_file
         self._lookup_timeout_s = lookup_timeout_s
         self._max_idle_connections = max_idle_connections
+        self._kept: dict[object, Closable] = {}
+        self.ca_file = ca_file
 
     @functools.cached_property
     def http(self) -> HttpClient:
@@ -225,12 +233,20 @@ class Egress:
             self,
             asyncio.get_running_loop(),
             clock=self._clock,
-            ca_file=self._ca_file,
+            ca_file=self.ca_file,
             max_idle_connections=self._max_idle_connections,
         )
 
+    def keep(self, make: "Callable[[Egress], Kept]") -> Kept:
+        """What the destinations of a kind share behind this door: made once, closed with it."""
+        if make not in self._kept:
+            self._kept[make] = make(self)
+        return cast(Kept, self._kept[make])
+
     def close(self) -> None:
-        """Ends every connection of this door's client."""
+        """Ends every connection of this door's clients."""
+        for kept in self._kept.values():
+            kept.close()
         if "http" in self.__dict__:
             self.http.close()
 

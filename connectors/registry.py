@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from connectors.contract import Spec
+from connectors.kafka.connector import SPEC as KAFKA
 from connectors.webhook.connector import SPEC as WEBHOOK
 
-KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK,)}
-LATER: Final = frozenset({"s3", "bigquery", "kafka"})
+KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA)}
+LATER: Final = frozenset({"s3", "bigquery"})
 
 
 class UnknownKind(ValueError):

@@ -1,4 +1,4 @@
-"""The `where` of a route: a CEL expression over one event, compiled once, asked for each event.
+"""Expressions over one event: the `where` of a route, and texts such as a record's key. CEL, compiled once.
 
 Owns what an expression can name (design, section 7) and where that comes from. The language itself is `routing/cel`,
 the decoding of documents `routing/documents.py`.
@@ -18,7 +18,7 @@ from routing.cel.values import Scope, Timestamp, Value, kind
 from routing.documents import MAX_STEPS, Documents, Read, Root, documents
 from schemas.event import Event
 
-__all__ = ["VARIABLES", "Filter", "FilterError", "FilterFault", "compile_filter"]
+__all__ = ["VARIABLES", "Filter", "FilterError", "FilterFault", "compile_filter", "compile_text"]
 
 VARIABLES: Final[Mapping[str, Type]] = {
     "id": STRING,
@@ -141,18 +141,28 @@ class Filter:
 
         `scope.steps` tells afterwards what is left of `steps`, below zero if they did not suffice.
         """
-        scope.steps = steps
-        if self._locals:
-            scope.local = [None] * self._locals
-        try:
-            value = self._code(scope)
-        except RecursionError:
-            raise FilterFault("values are nested too deep to compare") from None
+        value = self._value(scope, steps)
         if value is True:
             return True
         if value is False:
             return False
         raise FilterFault(f"the expression gives {kind(value)}, not a bool")
+
+    def text(self, event: Event) -> str:
+        """Of an expression that gives a text (`compile_text`). Raises FilterFault."""
+        value = self._value(self._documents.scope(event), MAX_STEPS)
+        if isinstance(value, str):
+            return value
+        raise FilterFault(f"the expression gives {kind(value)}, not a string")
+
+    def _value(self, scope: Scope, steps: int) -> Value:
+        scope.steps = steps
+        if self._locals:
+            scope.local = [None] * self._locals
+        try:
+            return self._code(scope)
+        except RecursionError:
+            raise FilterFault("values are nested too deep to compare") from None
 
     def bound(self, through: Documents) -> "Filter":
         """The same filter on documents that are decoded for several filters at once; they must cover its reads."""
@@ -170,13 +180,21 @@ def compile_filter(source: str) -> Filter:
 
     Time and memory are bounded by the length of the text, which is bounded.
     """
+    return _compile(source, "bool", "Compare it with something: … == …")
+
+
+@lru_cache(maxsize=_MAX_CACHED)
+def compile_text(source: str) -> Filter:
+    """The same of an expression that gives a text: ask its `text`."""
+    return _compile(source, "string", "Make it one: string(…)")
+
+
+def _compile(source: str, wanted: str, remedy: str) -> Filter:
     tree = parse(source)
     checker = Checker(source, VARIABLES)
     result = checker.of(tree, {})
-    if result.kind not in ("bool", "dyn"):
-        raise FilterError(
-            source, tree.at, f"the expression gives {result}, not a bool", "Compare it with something: … == …"
-        )
+    if result.kind not in (wanted, "dyn"):
+        raise FilterError(source, tree.at, f"the expression gives {result}, not a {wanted}", remedy)
     named = list(_named(tree))
     fields = tuple(sorted({".".join((name, *path)) for name, path, _ in named}))
     reads = tuple(Read(root, path, value) for name, path, value in named if (root := _root(name)) is not None)

@@ -22,6 +22,7 @@ from connectors.contract import Connector, Direct, Feed
 from connectors.egress import Egress
 from connectors.registry import KINDS
 from routing.breaker import Breaker
+from routing.filters import compile_text
 from routing.pace import Pace
 from routing.share import SLOW_S, Seat, Share, SharedRate
 from schemas.ids import DestinationId
@@ -140,6 +141,7 @@ class Lanes:
         self._leasing: dict[Lane, None] = {}  # that have used their rate, or tried to, since leases were last asked for
         self._denied: deque[Lane] = deque()  # ready, nothing in flight, and the share lets them start nothing now
         self._waiting: dict[Lane, None] = {}  # lanes with a queue
+        self._lingering: dict[Lane, None] = {}  # that have started something, which may wait to be sent with more
         self._young: dict[int, Flight] = {}  # in the order of their start, until they end or are slow
         self._lanes: dict[Lane, None] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -182,6 +184,7 @@ class Lanes:
             self._close(lane.connector)
             lane.connector = None
             self._lanes.pop(lane, None)
+            self._lingering.pop(lane, None)
         else:
             self._close(lane.configure(owner, destination))
         if lane.removed or lane.disabled or lane.record.held:
@@ -357,10 +360,13 @@ class Lanes:
             in_flight = lane.record.limits.in_flight
             if not queue or seat.in_flight >= in_flight:
                 lane.ready = False
+                if queue:
+                    self._hurry(lane)
                 continue
             if not share.may_start(seat, queue[0].delivery.size):
                 if seat.in_flight:
                     lane.ready = False  # the end of one of its own brings it back
+                    self._hurry(lane)
                 else:
                     self._denied.append(lane)
                 continue
@@ -380,6 +386,18 @@ class Lanes:
                 ring.append(lane)
             else:
                 lane.ready = False
+                if queue:
+                    self._hurry(lane)
+        if ring:  # no room before something ends
+            for lane in list(self._lingering):
+                self._hurry(lane)
+
+    def _hurry(self, lane: Lane) -> None:
+        """It can start nothing more for now, so nothing comes that what lingers could be sent with."""
+        if lane in self._lingering:
+            del self._lingering[lane]
+            if lane.connector is not None:
+                lane.connector.hurry()
 
     def _start(self, lane: Lane, flight: Flight, now: float, at_ms: int) -> None:
         size = flight.delivery.size
@@ -397,6 +415,8 @@ class Lanes:
             self._loop.call_soon(done, NOT_CONNECTED)
         else:
             start_direct(lane.connector, flight.delivery, at_ms, done)
+            if lane.connector.batching.linger_s:
+                self._lingering[lane] = None
 
     def _connect(self, lane: Lane, at_ms: int) -> Connector:
         spec = KINDS[lane.record.type]
@@ -406,7 +426,9 @@ class Lanes:
         lane.secrets_until_ms = min(ends, default=0)
         options = spec.options.model_validate(json.loads(bytes(lane.record.options)))
         secrets = spec.secrets.model_validate(assemble(opened))
-        return spec.connect(lane.owner.ref, lane.id, options, secrets, self._egress, frozenset(lane.record.retry.also))
+        also = frozenset(lane.record.retry.also)
+        expressions = {name: compile_text(text).text for name, text in spec.expressions(options).items()}
+        return spec.connect(lane.owner.ref, lane.id, options, secrets, self._egress, also, expressions)
 
     def _ended(self, flight: Flight, outcome: Outcome) -> None:
         """The one end of an attempt, called by the connector from the event loop."""

@@ -31,8 +31,8 @@ class Answer(Struct, frozen=True, gc=False):
     """The end of one request: `status` 0 and a `fault`, or a status.
 
     `detail` says more of a fault and quotes nothing that the far side sent. `retry_after` is the raw header, read only
-    where the status is not 2xx. `excerpt` is at most 4 KiB of the body as it came, still compressed if it was.
-    `reused`: the connection had carried a request before. `step`: how far the request came.
+    where the status is not 2xx. `excerpt` is the body as it came, still compressed if it was, up to what its target
+    keeps. `reused`: the connection had carried a request before. `step`: how far the request came.
     """
 
     status: int

@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 from msgspec import Struct
 
-from connectors.http.answer import Answer, Fault, Step
+from connectors.http.answer import MAX_EXCERPT_BYTES, Answer, Fault, Step
 from connectors.http.connection import Connection
 from connectors.http.door import Address, Blocked, Door, Names
 from connectors.http.place import Place
@@ -31,7 +31,7 @@ ADDRESS_S: Final = 3.0
 EVENTS_PER_POLL: Final = 256
 # Idle connections that make room at once when descriptors run out.
 ROOM: Final = 16
-_OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
+OUT_OF_RESOURCES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL})
 
 _LATE: Final[Mapping[Step, str]] = {
     "resolve": "the name was not resolved in time",
@@ -75,6 +75,7 @@ class Target:
         "closed",
         "connections",
         "drained",
+        "excerpt_bytes",
         "head",
         "idle",
         "open",
@@ -82,9 +83,12 @@ class Target:
         "tenant",
     )
 
-    def __init__(self, client: "HttpClient", tenant: TenantRef, place: Place, identity: Identity | None) -> None:
+    def __init__(
+        self, client: "HttpClient", tenant: TenantRef, place: Place, identity: Identity | None, excerpt_bytes: int
+    ) -> None:
         self.tenant = tenant
         self.place = place
+        self.excerpt_bytes = excerpt_bytes
         self.closed = False
         self.idle: list[Connection] = []
         self.open = 0  # exchanges under way
@@ -178,8 +182,15 @@ class HttpClient:
         """Connections open now, idle ones included."""
         return len(self._connections)
 
-    def target(self, tenant: TenantRef, place: Place, identity: Identity | None = None) -> Target:
-        return Target(self, tenant, place, identity)
+    def target(
+        self,
+        tenant: TenantRef,
+        place: Place,
+        identity: Identity | None = None,
+        excerpt_bytes: int = MAX_EXCERPT_BYTES,
+    ) -> Target:
+        """`excerpt_bytes` is how much of an answer's body is kept; beyond `MAX_ANSWER_BYTES` nothing is read."""
+        return Target(self, tenant, place, identity, excerpt_bytes)
 
     def close(self) -> None:
         """Ends every connection; what is under way ends with the fault `closed`."""
@@ -274,7 +285,7 @@ class HttpClient:
                 if not exchange.fault:
                     exchange.fault, exchange.detail = "egress_blocked", str(fault)
             except OSError as fault:
-                if fault.errno in _OUT_OF_RESOURCES:
+                if fault.errno in OUT_OF_RESOURCES:
                     if self._idle:
                         self._make_room(exchange)
                         return

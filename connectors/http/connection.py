@@ -18,7 +18,6 @@ import httptools
 
 from connectors.http.answer import (
     MAX_ANSWER_BYTES,
-    MAX_EXCERPT_BYTES,
     MAX_HEAD_BYTES,
     Answer,
     Fault,
@@ -341,7 +340,7 @@ class Connection:
         self._headers_done = True
 
     def on_body(self, data: bytes) -> None:
-        room = MAX_EXCERPT_BYTES - len(self._excerpt)
+        room = self.target.excerpt_bytes - len(self._excerpt)
         if room > 0 and not self._complete:
             self._excerpt += data[:room]
 

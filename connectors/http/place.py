@@ -53,7 +53,7 @@ def parse_url(text: str) -> Place:
         raise ValueError("holds user info (name:password@): put credentials into secrets.headers")
     if "#" in text:
         raise ValueError("holds a fragment (#…), which is never sent: remove it")
-    host = _host(parts.hostname or "", bracketed=parts.netloc.startswith("["))
+    host = parse_host(parts.hostname or "", bracketed=parts.netloc.startswith("["))
     try:
         port = parts.port
     except ValueError:
@@ -70,7 +70,8 @@ def parse_url(text: str) -> Place:
     return Place(parts.scheme, host, port, path)
 
 
-def _host(host: str, *, bracketed: bool) -> str:
+def parse_host(host: str, *, bracketed: bool) -> str:
+    """A name in ASCII or an address in its canonical spelling. Raises ValueError, which quotes the host alone."""
     if not host:
         raise ValueError("has no host")
     if bracketed:

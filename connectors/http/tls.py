@@ -3,7 +3,11 @@
 import functools
 import os
 import ssl
+from collections.abc import Sequence
 
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from msgspec import Struct
 
 
@@ -14,13 +18,36 @@ class Identity(Struct, frozen=True, gc=False):
     key: str
 
 
-def client_context(ca_file: str | None, identity: Identity | None = None) -> ssl.SSLContext:
-    """`ca_file` None: the system's authorities (and SSL_CERT_FILE). Raises ssl.SSLError for an unusable identity."""
+def identity_problem(certificate: str, key: str) -> str:
+    """Why these cannot be a destination's `client_cert` and `client_key`; empty if they can. Quotes nothing of them."""
+    try:
+        chain = x509.load_pem_x509_certificates(certificate.encode())
+    except ValueError:
+        return "client_cert: not a PEM certificate"
+    try:
+        private = load_pem_private_key(key.encode(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return "client_key: not a PEM private key without a pass phrase"
+    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    if chain[0].public_key().public_bytes(*form) != private.public_key().public_bytes(*form):
+        return "client_key: is not the key of client_cert"
+    return ""
+
+
+def client_context(
+    ca_file: str | None, identity: Identity | None = None, *, ca: str = "", alpn: Sequence[str] = ("http/1.1",)
+) -> ssl.SSLContext:
+    """`ca_file` None: the system's authorities (and SSL_CERT_FILE). `ca`: PEM, in the place of either.
+
+    Raises ssl.SSLError for an unusable identity.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
-    context.set_alpn_protocols(["http/1.1"])
-    if ca_file is not None:
+    context.set_alpn_protocols(alpn)
+    if ca:
+        context.load_verify_locations(cadata=ca)
+    elif ca_file is not None:
         context.load_verify_locations(cafile=ca_file)
     elif identity is not None and (folder := _authorities_folder()) is not None:
         context.load_verify_locations(capath=folder)

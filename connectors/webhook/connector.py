@@ -2,10 +2,9 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
-from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
-from connectors.contract import Batch, Batching, Feed, Spec, Step
+from connectors.contract import Batch, Batching, Expressions, Feed, Spec, Step, deliver_each
 from connectors.egress import Egress
 from connectors.http.answer import Answer
 from connectors.http.tls import Identity
@@ -17,7 +16,6 @@ from schemas.ids import DeliveryId, DestinationId, TenantRef
 from schemas.outcome import Outcome, retry
 
 _BATCHING: Final = Batching(max_events=1, max_bytes=0, linger_s=0.0, max_in_flight=0, timeout_s=MAX_TIMEOUT_S)
-Given = TypeVar("Given")
 _STEPS: Final = ("resolve", "connect", "tls")
 
 
@@ -57,19 +55,21 @@ class WebhookConnector:
 
         self._target.post(message, self._timeout_s, answered)
 
+    def hurry(self) -> None:
+        """Nothing lingers here."""
+
     async def deliver(self, batch: Batch) -> Mapping[DeliveryId, Outcome]:
-        """The same through a future for each delivery, for those who have no lane."""
-        loop = asyncio.get_running_loop()
-        waiting: dict[DeliveryId, asyncio.Future[Outcome]] = {}
-        for delivery in batch.deliveries:
-            waiting[delivery.id] = loop.create_future()
-            self.start(delivery, batch.at_ms, partial(_give, waiting[delivery.id]))
-        return {ident: await outcome for ident, outcome in waiting.items()}
+        return await deliver_each(self, batch)
 
     async def check(self) -> Sequence[Step]:
         """Resolves, connects and shakes hands; sends no request, so the receiver's handler sees nothing."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._target.probe(self._timeout_s, partial(_give, answer))
+
+        def answered(given: Answer) -> None:
+            if not answer.done():  # a check that was given up wants nothing any more
+                answer.set_result(given)
+
+        self._target.probe(self._timeout_s, answered)
         found = await answer
         names = _STEPS if self._target.place.tls else _STEPS[:-1]
         if not found.fault:
@@ -82,12 +82,6 @@ class WebhookConnector:
         await self._target.close()
 
 
-def _give(waiter: "asyncio.Future[Given]", value: Given) -> None:
-    """A waiter that was cancelled wants nothing any more."""
-    if not waiter.done():
-        waiter.set_result(value)
-
-
 def connect(
     tenant: TenantRef,
     destination: DestinationId,
@@ -95,6 +89,7 @@ def connect(
     secrets: Secrets,
     egress: Egress,
     retry_also: Set[int] = frozenset(),
+    expressions: Expressions | None = None,
 ) -> WebhookConnector:
     """Call it on the event loop that deliveries are to run on."""
     return WebhookConnector(tenant, options, secrets, egress, retry_also)

@@ -1,4 +1,4 @@
-"""The request: the body as it is signed, and the signature of Standard Webhooks 1.0."""
+"""The request: its head, and the signature of Standard Webhooks 1.0 over the body."""
 
 import hashlib
 from binascii import b2a_base64
@@ -6,36 +6,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
-import msgspec
-from msgspec import Raw, Struct
-
+from connectors.body import body
 from schemas.delivery import Delivery
-from schemas.event import Event
 
 try:
     _VERSION = version("headgate")
 except PackageNotFoundError:  # run from a source tree that was not installed
     _VERSION = "dev"
 USER_AGENT: Final = f"Headgate/{_VERSION}"
-
-
-class _Body(Struct, gc=False):
-    id: str
-    type: str
-    occurredAt: str
-    schemaVersion: int
-    payload: Raw
-    metadata: Raw
-
-
-_encode = msgspec.json.Encoder().encode
-
-
-def body(event: Event) -> bytes:
-    """Payload and metadata in the bytes they were published in; the same for every attempt."""
-    return _encode(
-        _Body(event.eventId, event.eventType, event.occurredAt, event.schemaVersion, event.payload, event.metadata)
-    )
 
 
 class Signer:

@@ -7,13 +7,11 @@ import secrets as dice
 from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from config.settings import parse_duration_s
 from connectors.http.place import Place, parse_url
+from connectors.http.tls import identity_problem
 
 MAX_TIMEOUT_S: Final = 25.0
 MIN_TIMEOUT_S: Final = 0.1
@@ -184,15 +182,7 @@ class Secrets(BaseModel):
             raise ValueError("client_cert and client_key: give both or neither")
         if self.client_cert is None or self.client_key is None:
             return self
-        try:
-            chain = x509.load_pem_x509_certificates(self.client_cert.get_secret_value().encode())
-        except ValueError:
-            raise ValueError("client_cert: not a PEM certificate") from None
-        try:
-            key = load_pem_private_key(self.client_key.get_secret_value().encode(), password=None)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
-            raise ValueError("client_key: not a PEM private key without a pass phrase") from None
-        form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-        if chain[0].public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
-            raise ValueError("client_key: is not the key of client_cert")
+        problem = identity_problem(self.client_cert.get_secret_value(), self.client_key.get_secret_value())
+        if problem:
+            raise ValueError(problem)
         return self

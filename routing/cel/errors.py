@@ -45,7 +45,7 @@ def _rebuild(source: str, line: int, column: int, message: str, remedy: str) -> 
     return FilterError(source, at, message, remedy)
 
 
-class FilterFault(Exception):
+class FilterFault(ValueError):
     """An expression could not be evaluated on one event: the event does not match.
 
     The text names fields, operators and types, never a value: it goes to the trace and to logs.

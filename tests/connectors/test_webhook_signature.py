@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
+from connectors.body import body
 from connectors.egress import Egress
-from connectors.webhook.encode import USER_AGENT, Signer, body
+from connectors.webhook.encode import USER_AGENT, Signer
 from connectors.webhook.options import generate_secrets, signing_key
 from tests.connectors.receiver import OK, Request, answering
 from tests.connectors.webhooks import AT_MS, SECRET, deliver, delivery, hook

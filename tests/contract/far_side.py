@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from connectors.egress import Network
 from schemas.ids import DeliveryId
+from schemas.outcome import Verdict
 
 
 class Mode(Enum):
@@ -36,10 +37,14 @@ class Held(Struct, frozen=True):
 
 
 class FarSide(Protocol):
-    """`retry_after_s` is what it asks for when THROTTLED, 0 where its protocol cannot."""
+    """`retry_after_s` is what it asks for when THROTTLED, 0 where its protocol cannot.
+
+    `differs`: modes in which this kind comes to another verdict than most do, or that its protocol has no words for.
+    """
 
     allow: Sequence[Network]
     retry_after_s: float
+    differs: Mapping[Mode, Verdict | None]
 
     async def start(self) -> None: ...
 

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 from msgspec import Raw
 
-from connectors.webhook.encode import body
+from connectors.body import body
 from schemas.event import Event, Problem, canonical, correlation_id, decode_event, from_canonical
 from schemas.ids import DEFAULT_VENDOR, DestinationId, ExternalId, TenantRef, delivery_id
 from tests.mutate import mutated

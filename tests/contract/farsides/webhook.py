@@ -9,6 +9,7 @@ from typing import Any
 from standardwebhooks.webhooks import Webhook
 
 from schemas.ids import DeliveryId
+from schemas.outcome import Verdict
 from tests.connectors.receiver import OK, Peer, Receiver
 from tests.contract.far_side import CANARY, Held, Mode
 
@@ -26,6 +27,7 @@ _STATUS = {
 class WebhookFarSide:
     allow = (ip_network("127.0.0.0/8"),)
     retry_after_s = 7.0
+    differs: Mapping[Mode, Verdict | None] = {}
 
     def __init__(self) -> None:
         self._mode = Mode.UP

@@ -1,0 +1,1 @@
+"""The Kafka kind: a lane of one topic of a tenant's own cluster."""
