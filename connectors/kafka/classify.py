@@ -185,6 +185,7 @@ ERRORS: Final[Mapping[type[Exception], str]] = {
 INVALID_RECORD: Final = 87
 CORRUPT: Final = errors.CorruptRecordException.errno
 DUPLICATE: Final = errors.DuplicateSequenceNumber.errno
+LOADING: Final = errors.GroupLoadInProgressError.errno
 # What brokers answer to a produce request that aiokafka has no class for, by number and name.
 NEWER: Final[Mapping[int, tuple[str, str]]] = {
     74: ("FENCED_LEADER_EPOCH", "unavailable"),
@@ -218,6 +219,6 @@ def fault_of(number: int, step: Step = "write") -> Fault:
 
 def raised(fault: Exception, step: Step) -> Fault:
     """Of what aiokafka raised at a connection or a login."""
-    if isinstance(fault, errors.BrokerResponseError):
+    if isinstance(fault, errors.BrokerResponseError) and type(fault) is not errors.BrokerResponseError:
         return fault_of(fault.errno, step)
     return Fault(next((ERRORS[found] for found in type(fault).__mro__ if found in ERRORS), "protocol"), step=step)

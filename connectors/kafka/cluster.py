@@ -9,12 +9,13 @@ from msgspec import Struct
 
 from connectors.egress import Egress
 from connectors.http.place import parse_host
-from connectors.kafka.classify import Fault, Step, fault_of
+from connectors.kafka.classify import LOADING, Fault, Step, fault_of
 from connectors.kafka.connection import Connection, Login
 from schemas.ids import TenantRef
 
 Place: TypeAlias = tuple[str, int]
 
+LOADING_S: Final = 0.1
 _NO_TIMEOUT: Final = 2**31 - 1
 
 
@@ -109,10 +110,14 @@ class Cluster:
         place = next((place for place in self.leaders if place is not None), None)
         if place is None:
             raise Fault("unavailable", step="topic")
-        answer = await self.ask(place, InitProducerIdRequest(None, _NO_TIMEOUT), "write")
-        if answer.error_code:
-            raise fault_of(answer.error_code)
-        return answer.producer_id, answer.producer_epoch
+        ends = asyncio.get_running_loop().time() + self._reach.timeout_s
+        while True:
+            answer = await self.ask(place, InitProducerIdRequest(None, _NO_TIMEOUT), "write")
+            if not answer.error_code:
+                return answer.producer_id, answer.producer_epoch
+            if answer.error_code != LOADING or asyncio.get_running_loop().time() > ends:
+                raise fault_of(answer.error_code)
+            await asyncio.sleep(LOADING_S)  # the first to ask a broker, which gets ids of its own meanwhile
 
 
 def _host(advertised: str) -> str:

@@ -424,9 +424,10 @@ class Producers:
     its next attempt.
     """
 
-    def __init__(self, egress: Egress, max_live: int = MAX_LIVE) -> None:
+    def __init__(self, egress: Egress, *, max_live: int = MAX_LIVE, idle_s: float = IDLE_S) -> None:
         self.ca_file = egress.ca_file
         self._max_live = max_live
+        self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
         self._live: dict[Producer, float] = {}  # idle since; those that were used last come last
         self._ticking: asyncio.TimerHandle | None = None
@@ -477,7 +478,7 @@ class Producers:
         for producer in list(self._live):
             producer.tick(now)
         for producer, since in list(self._live.items()):
-            if producer.idle and now - since > IDLE_S:
+            if producer.idle and now - since > self._idle_s:
                 self.leave(producer)
         self._ticking = self._loop.call_later(TICK_S, self._tick) if self._live else None
 

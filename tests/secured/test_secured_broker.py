@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from config.acls import Acl, Role
 from config.kafka import client_config
 from config.settings import Settings
 from dev import broker, certificates, jars
-from dev import stack as embedded
 from dev.inbox import ACCEPT, Refuse, fail_first
 from dev.stack import Stack
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef, Vendor
@@ -41,22 +39,6 @@ pytestmark = pytest.mark.broker
 
 OPERATING = ROOT / "docs" / "operating.md"
 REFUSED = "TOPIC_AUTHORIZATION_FAILED"
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    folder = tmp_path_factory.mktemp("secured") / "dev"
-    try:
-        yield embedded.up(folder, secured=True)
-    finally:
-        embedded.down(folder)
-
-
-@pytest.fixture
-async def secured(stack: Stack) -> AsyncIterator[Secured]:
-    async with Secured.on(stack) as made:
-        assert isinstance(made, Secured)
-        yield made
 
 
 def write(kafka: dict[str, Any], *topics: str) -> dict[str, str]:

@@ -36,6 +36,7 @@ VERSIONS_SPOKEN = [
     (PRODUCE, 7, 7), (METADATA, 4, 4), (HANDSHAKE, 1, 1), (VERSIONS, 0, 0), (INIT_PRODUCER, 0, 0), (AUTHENTICATE, 0, 0),
 ]  # fmt: skip
 INVALID_RECORD = 87
+LOST = -99  # it is stored, but the answer is lost
 _ERRORS = {Mode.THROTTLED: 89, Mode.DENIED: 29, Mode.REFUSES: 10}
 
 
@@ -63,7 +64,11 @@ class KafkaFarSide:
         self.advertised: tuple[str, int] | None = None
         self.topic_error = 0
         self.most_records = 1 << 30  # in a batch, beyond which it is too large
-        self.answers: list[int | Mode] = []  # to the next produce requests, instead of what the mode says
+        self.poison = b""  # a record that holds it is refused, and with it its batch
+        self.throttle_ms = 0
+        # to the next produce requests, instead of what the mode says: an error, or `LOST`
+        self.answers: list[int] = []
+        self.tokens: set[str] = set()  # that OAUTHBEARER accepts
         self._mode = Mode.UP
         self._touched = 0
         self._port = 0
@@ -158,7 +163,7 @@ class KafkaFarSide:
             case 18:
                 return ApiVersionResponse_v0(0, VERSIONS_SPOKEN)
             case 17:
-                return SaslHandShakeResponse_v1(0, ["PLAIN"])
+                return SaslHandShakeResponse_v1(0, ["PLAIN", "OAUTHBEARER"])
             case 36:
                 return self._authenticated(SaslAuthenticateRequest_v0.decode(frame).sasl_auth_bytes)
             case 3:
@@ -174,7 +179,8 @@ class KafkaFarSide:
 
     def _authenticated(self, told: bytes) -> Any:
         self.logins += 1
-        if told == f"acme\0acme\0{PASSWORD}".encode():
+        bearer = told.removeprefix(b"n,,\x01auth=Bearer ").removesuffix(b"\x01\x01").decode()
+        if told == f"acme\0acme\0{PASSWORD}".encode() or bearer in self.tokens:
             return SaslAuthenticateResponse_v0(0, None, b"")
         return SaslAuthenticateResponse_v0(58, f"wrong: {CANARY}", b"")
 
@@ -191,6 +197,11 @@ class KafkaFarSide:
         if any(content for _, content in parts):
             self._touched += 1
             match self.answers.pop(0) if self.answers else self._mode:
+                case -99:
+                    for number, content in parts:
+                        self._append(number, content)
+                    writer.transport.abort()
+                    return None
                 case Mode.RESETS:
                     writer.transport.abort()
                     return None
@@ -208,7 +219,7 @@ class KafkaFarSide:
 
     def _ends_of(self, ends: list[tuple[int, int, int]]) -> Any:
         partitions = [(number, error, offset, -1, 0) for number, error, offset in ends]
-        return ProduceResponse_v7([(TOPIC, partitions)], 0)
+        return ProduceResponse_v7([(TOPIC, partitions)], self.throttle_ms)
 
     def _append(self, number: int, content: bytes) -> tuple[int, int]:
         """Error and offset, by the rules of an idempotent producer."""
@@ -226,6 +237,8 @@ class KafkaFarSide:
         ]
         if len(records) > self.most_records:
             return 10, -1
+        if self.poison and any(self.poison in one.value for one in records):
+            return INVALID_RECORD, -1
         self._next[key] = batch.base_sequence + len(records)
         known[batch.base_sequence] = self._ends[number]
         self._ends[number] += len(records)
