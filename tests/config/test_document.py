@@ -194,7 +194,7 @@ tenants:
         (
             tenant("    destinations:\n      - {id: lake, type: s3}\n"),
             "headgate.yaml:4:26: tenants[0].destinations[0].type: s3 arrives with a later release; this one has: "
-            "webhook",
+            "kafka, webhook",
         ),
         (
             destination(URL + "        retry: {also: [410]}\n"),
