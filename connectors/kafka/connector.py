@@ -15,7 +15,7 @@ from connectors.http.tls import client_context
 from connectors.kafka.classify import CODES, CORRUPT, INVALID_RECORD, Fault, fault_of
 from connectors.kafka.cluster import Cluster, Place, Reach
 from connectors.kafka.connection import Login
-from connectors.kafka.encode import CODECS, MAX_BATCH_BYTES, Key, Record, headers
+from connectors.kafka.encode import CODECS, MAX_BATCH_BYTES, Key, Record
 from connectors.kafka.options import MAX_TIMEOUT_S, Options, Secrets
 from connectors.kafka.producer import LINGER_S, Producer, Producers, ends_of
 from connectors.kafka.tokens import Tokens
@@ -72,7 +72,7 @@ class KafkaConnector:
             loop.call_soon(done, reject("event", "key", f"the key of the record: {fault}"))
             return
         deadline = loop.time() + self._timeout_s
-        self._producer.send(Record(key, body(event), headers(delivery), at_ms, deadline, done))
+        self._producer.send(Record(delivery, key, body(event), at_ms, deadline, done))
 
     def hurry(self) -> None:
         self._producer.hurry()

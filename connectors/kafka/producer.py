@@ -21,7 +21,7 @@ from connectors.egress import Egress
 from connectors.http.tls import client_context
 from connectors.kafka.classify import DUPLICATE, EVENT, Fault, fault_of
 from connectors.kafka.cluster import Cluster, Place, Reach
-from connectors.kafka.encode import MAX_BATCH_BYTES, Record, batch, partition_of
+from connectors.kafka.encode import MAX_BATCH_BYTES, RECORD_OVERHEAD, Record, batch, partition_of
 from schemas.outcome import Outcome, delivered
 
 LINGER_S: Final = 0.1
@@ -129,7 +129,7 @@ class Producer:
         key = record.key
         number = self._spread if key is None else partition_of(key, len(self._partitions))
         partition = self._partitions[number]
-        weight = record.weight
+        weight = len(record.value) + RECORD_OVERHEAD
         if partition.pending and partition.pending_bytes + weight > partition.max_bytes:
             self._cut(partition)
             self._pump()
@@ -326,7 +326,7 @@ class Producer:
         """A batch is refused as a whole: its halves tell which event is at fault, or what size the topic takes."""
         middle = len(one.records) // 2
         if fault.code == "too_large":
-            size = sum(record.weight for record in one.records)
+            size = sum(len(record.value) + RECORD_OVERHEAD for record in one.records)
             one.partition.max_bytes = min(one.partition.max_bytes, max(size // 2, 1))
         for records in (one.records[middle:], one.records[:middle]):
             self._queue(Batch(one.partition, records), first=True)

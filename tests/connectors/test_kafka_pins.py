@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from aiokafka import conn
-from aiokafka.partitioner import murmur2
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.protocol.transaction import InitProducerIdRequest
@@ -39,7 +38,6 @@ SOURCES: dict[str, tuple[Any, str]] = {
     "protocol": (conn.AIOKafkaProtocol, "0f94e2d60152"),
     "plain": (conn.SaslPlainAuthenticator, "01172a32da69"),
     "oauth": (conn.OAuthAuthenticator, "2f9c85babb3f"),
-    "murmur2": (murmur2, "62179ca18494"),
     "ProduceRequest": (ProduceRequest, "c9d2e4599634"),
     "MetadataRequest": (MetadataRequest, "0a2584162e6d"),
     "InitProducerIdRequest": (InitProducerIdRequest, "d84fcc5a50e8"),

@@ -242,7 +242,7 @@ def producer(pool: Producers, egress: Egress, far: KafkaFarSide) -> Producer:
 async def send(one: Producer) -> Outcome:
     waiting: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
     deadline = asyncio.get_running_loop().time() + 5
-    one.send(Record(None, b'{"payload":1}', [("deliveryId", b"d")], 0, deadline, waiting.set_result))
+    one.send(Record(delivery(), None, b'{"payload":1}', 0, deadline, waiting.set_result))
     one.hurry()
     return await waiting
 
