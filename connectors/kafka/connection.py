@@ -17,6 +17,7 @@ from typing import Any, Final
 from aiokafka import conn, errors
 from aiokafka.abc import AbstractTokenProvider
 from msgspec import Struct
+from pydantic import SecretStr
 
 from connectors.egress import Egress
 from connectors.http.client import ADDRESS_S, OUT_OF_RESOURCES
@@ -37,7 +38,7 @@ class Login(Struct, frozen=True):
     tls: Callable[[], ssl.SSLContext] | None
     mechanism: str
     username: str
-    password: str
+    password: SecretStr
     tokens: AbstractTokenProvider | None
 
     @property
@@ -62,7 +63,7 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]
             security_protocol=login.protocol,
             sasl_mechanism=login.mechanism,
             sasl_plain_username=login.username,
-            sasl_plain_password=login.password,
+            sasl_plain_password=login.password.get_secret_value(),
             sasl_oauth_token_provider=login.tokens,
         )
         self._egress = egress

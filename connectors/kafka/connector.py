@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Final
 
 from aiokafka.protocol.produce import ProduceRequest
+from pydantic import SecretStr
 
 from connectors.body import body
 from connectors.contract import Batch, Batching, Expressions, Feed, Spec, Step, deliver_each
@@ -44,11 +45,11 @@ class KafkaConnector:
         expressions: Expressions,
     ) -> None:
         pool = egress.keep(Producers)
-        password = secrets.password.get_secret_value() if secrets.password is not None else ""
+        password = secrets.password or SecretStr("")
         place = options.token_place
         self._timeout_s = options.timeout_s
         self._tokens = (
-            Tokens(egress, tenant, place, (options.username, password), options.scope, options.timeout_s)
+            Tokens(egress, tenant, place, options.username, password, options.scope, options.timeout_s)
             if place is not None
             else None
         )

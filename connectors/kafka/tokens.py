@@ -11,6 +11,7 @@ from urllib.parse import quote_plus, urlencode
 import msgspec
 from aiokafka.abc import AbstractTokenProvider
 from msgspec import Struct
+from pydantic import SecretStr
 
 from connectors.egress import Egress
 from connectors.http.answer import MAX_ANSWER_BYTES, Answer
@@ -28,12 +29,19 @@ _decode: Final = msgspec.json.Decoder(_Granted).decode
 
 class Tokens(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka is untyped
     def __init__(
-        self, egress: Egress, tenant: TenantRef, place: Place, client: tuple[str, str], scope: str, timeout_s: float
+        self,
+        egress: Egress,
+        tenant: TenantRef,
+        place: Place,
+        client: str,
+        secret: SecretStr,
+        scope: str,
+        timeout_s: float,
     ) -> None:
-        """`client` is its id and its secret."""
         self._target = egress.http.target(tenant, place, excerpt_bytes=MAX_ANSWER_BYTES)
         self._timeout_s = timeout_s
-        credentials = base64.b64encode(":".join(map(quote_plus, client)).encode())
+        pair = f"{quote_plus(client)}:{quote_plus(secret.get_secret_value())}"
+        credentials = base64.b64encode(pair.encode())
         form = urlencode({"grant_type": "client_credentials", **({"scope": scope} if scope else {})}).encode()
         self._message = (
             b"%bcontent-type: application/x-www-form-urlencoded\r\naccept: application/json\r\n"

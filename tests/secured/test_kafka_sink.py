@@ -161,6 +161,26 @@ async def test_a_tenant_s_topic_holds_its_events_with_the_one_right_to_write(
     await connector.close()
 
 
+async def test_a_client_certificate_is_a_login_too(stack: Stack, cluster: Cluster, egress: Egress) -> None:
+    """At the listener that asks for one; who has none is turned away there."""
+    topic = cluster.topic(f"mtls-{secrets.token_hex(4)}")
+    pem = (stack.kafka.tls / certificates.BROKER).read_text()
+    key, marker, certificate = pem.partition("-----BEGIN CERTIFICATE-----")
+    options = {
+        "bootstrap": f"127.0.0.1:{stack.kafka.internal_port}",
+        "topic": topic,
+        "ca": cluster.options("", topic)["ca"],
+    }
+    connector = sink(egress, options, {"client_cert": marker + certificate, "client_key": key})
+    assert {one.verdict for one in await deliver(connector, delivery(1))} == {"delivered"}
+    await connector.close()
+    connector = sink(egress, options, {}, timeout="3s")
+    (outcome,) = await deliver(connector, delivery(2))
+    assert (outcome.verdict, outcome.fault, outcome.code in ("tls", "reset")) == ("retry", "destination", True)
+    assert len(cluster.read(topic)) == 1
+    await connector.close()
+
+
 async def test_a_session_that_the_broker_ends_costs_no_record_and_makes_none_twice(
     cluster: Cluster, egress: Egress
 ) -> None:

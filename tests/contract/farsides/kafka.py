@@ -66,6 +66,7 @@ class KafkaFarSide:
         self.most_records = 1 << 30  # in a batch, beyond which it is too large
         self.poison = b""  # a record that holds it is refused, and with it its batch
         self.throttle_ms = 0
+        self.forgetful = False  # it does not look at the sequence
         # to the next produce requests, instead of what the mode says: an error, or `LOST`
         self.answers: list[int] = []
         self.tokens: set[str] = set()  # that OAUTHBEARER accepts
@@ -228,9 +229,9 @@ class KafkaFarSide:
         batch = MemoryRecords(content).next_batch()
         key = (batch.producer_id, number)
         known = self._sequences.setdefault(key, {})
-        if batch.base_sequence in known:
+        if batch.base_sequence in known and not self.forgetful:
             return 0, known[batch.base_sequence]
-        if batch.base_sequence != self._next.get(key, 0):
+        if batch.base_sequence != self._next.get(key, 0) and not self.forgetful:
             return 45, -1
         records = [
             Stored(number, one.key, one.value, [(name, bytes(value)) for name, value in one.headers]) for one in batch
