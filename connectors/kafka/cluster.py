@@ -15,6 +15,9 @@ from schemas.ids import TenantRef
 
 Place: TypeAlias = tuple[str, int]
 
+# Each leader is dialled: who runs the cluster must not make this process dial, or hold, whatever it lists.
+MAX_LEADERS: Final = 128
+MAX_PARTITIONS: Final = 10_000
 LOADING_S: Final = 0.1
 _NO_TIMEOUT: Final = 2**31 - 1
 
@@ -38,10 +41,6 @@ class Cluster:
         """By partition; None: it has none now."""
         self._reach = reach
         self._dials: dict[Place, asyncio.Task[Connection]] = {}
-
-    @property
-    def connections(self) -> int:
-        return sum(_usable(dial) for dial in self._dials.values())
 
     async def ask(self, place: Place, request: Any, step: Step) -> Any:
         """The answer of the broker at a place. Raises Fault."""
@@ -103,6 +102,9 @@ class Cluster:
         leaders = {one[1]: brokers.get(one[2]) for one in partitions}
         if name != self._reach.topic or not leaders or leaders.keys() != set(range(len(partitions))):
             raise Fault("protocol", step="topic")
+        if len(leaders) > MAX_PARTITIONS or len(set(leaders.values())) > MAX_LEADERS:
+            most = f"at most {MAX_PARTITIONS} partitions led by {MAX_LEADERS} brokers can be served"
+            raise Fault("incompatible", most, step="topic")
         return [leaders[partition] for partition in range(len(partitions))]
 
     async def producer_id(self) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 from aiokafka import conn, errors
 from aiokafka.abc import AbstractTokenProvider
+from aiokafka.protocol.metadata import MetadataRequest
+from aiokafka.protocol.produce import ProduceRequest
 from msgspec import Struct
 from pydantic import SecretStr
 
@@ -28,6 +30,7 @@ from schemas.ids import TenantRef
 CLIENT_ID: Final = "headgate"
 # The largest answer is the list of one topic's partitions: some 50 bytes each.
 MAX_FRAME_BYTES: Final = 1024 * 1024
+NEEDED: Final = {ProduceRequest.API_KEY: 3, MetadataRequest.API_KEY: 4}
 # What Kafka's own client takes.
 SCRAM_ITERATIONS: Final = range(4096, 16_384 + 1)
 
@@ -82,6 +85,8 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]
                 await self._take_on(made)
                 step = "login"
                 await self._do_version_lookup()
+                if any(self._versions.get(api, (0, 0))[1] < least for api, least in NEEDED.items()):
+                    raise Fault("incompatible", "the broker is older than Kafka 1.0", step=step)
                 if login.mechanism:
                     await self._do_sasl_handshake()
         except TimeoutError:

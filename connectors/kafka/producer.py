@@ -10,7 +10,6 @@ batch (ADR 0018).
 import asyncio
 import functools
 import ssl
-from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, Final
 
@@ -54,7 +53,7 @@ class Partition:
         self.number = number
         self.pending: list[Record] = []
         self.pending_bytes = 0
-        self.ready: deque[Batch] = deque()
+        self.ready: list[Batch] = []
         self.flying: Batch | None = None
         self.sequence = 0
         self.max_bytes = MAX_BATCH_BYTES  # less where its topic takes less
@@ -89,10 +88,6 @@ class Producer:
     @property
     def idle(self) -> bool:
         return not self._unanswered
-
-    @property
-    def connections(self) -> int:
-        return self._cluster.connections
 
     def send(self, record: Record) -> None:
         """`record.done` is called once, from the event loop, never from inside `send`, by its deadline and a tick."""
@@ -160,7 +155,7 @@ class Producer:
         for record in one.records:
             self._unanswered[record] = one
         ready = one.partition.ready
-        (ready.appendleft if first else ready.append)(one)
+        ready.insert(0 if first else len(ready), one)
         self._ready[one.partition] = None
 
     # ---------------------------------------------------------------- finding the cluster
@@ -214,7 +209,7 @@ class Producer:
 
     def _give_up(self, partition: Partition, fault: Fault, *, uncertain_too: bool = False) -> None:
         """Ends what is ready there, but for what may be stored: that is to be asked about until its deadline."""
-        kept = deque(one for one in partition.ready if one.uncertain is not None and not uncertain_too)
+        kept = [one for one in partition.ready if one.uncertain is not None and not uncertain_too]
         ended = [one for one in partition.ready if one not in kept]
         partition.ready = kept
         if not kept:
@@ -238,7 +233,7 @@ class Producer:
             if leader is None:
                 lost = True
             elif leader not in self._busy and partition.flying is None:
-                one = partition.flying = partition.ready.popleft()
+                one = partition.flying = partition.ready.pop(0)
                 if not partition.ready:
                     del self._ready[partition]
                 by_leader.setdefault(leader, []).append(one)
@@ -440,10 +435,6 @@ class Producers:
     @property
     def live(self) -> int:
         return len(self._live)
-
-    @property
-    def connections(self) -> int:
-        return sum(producer.connections for producer in self._live)
 
     def enter(self, producer: Producer) -> bool:
         """Whether it may go to work."""

@@ -20,6 +20,7 @@ from aiokafka.protocol.admin import ApiVersionResponse_v0, SaslAuthenticateRespo
 
 from connectors.egress import Egress, open_socket
 from connectors.http.door import Address
+from connectors.kafka.cluster import MAX_LEADERS
 from tests.connectors.kafkas import deliver, delivery, sink
 from tests.connectors.receiver import Peer, Receiver
 from tests.contract.farsides.kafka import KafkaFarSide
@@ -68,7 +69,7 @@ async def test_a_broker_that_is_advertised_at_a_forbidden_address_is_never_diall
 
     forbidden = await asyncio.start_server(serve, ELSEWHERE, 0)
     port = forbidden.sockets[0].getsockname()[1]
-    far.advertised = (ELSEWHERE, port)
+    far.brokers = [(7, ELSEWHERE, port)]
     connector = sink(egress, far.options(), far.secrets())
     (outcome,) = await deliver(connector, delivery(1))
     steps = await connector.check()
@@ -156,7 +157,7 @@ async def asked(peer: Peer) -> int:
     return int(struct.unpack_from(">i", await peer.reader.readexactly(size), 4)[0])
 
 
-VERSIONS = ApiVersionResponse_v0(0, [(3, 4, 4), (17, 1, 1), (36, 0, 0)]).encode()
+VERSIONS = ApiVersionResponse_v0(0, [(0, 7, 7), (3, 4, 4), (17, 1, 1), (36, 0, 0)]).encode()
 
 
 async def endless(peer: Peer) -> None:
@@ -189,7 +190,12 @@ async def null_lists(peer: Peer) -> None:
 
 
 async def other_versions(peer: Peer) -> None:
-    await peer.send(frame(await asked(peer), ApiVersionResponse_v0(0, [(3, 99, 99), (17, 99, 99)]).encode()))
+    await peer.send(frame(await asked(peer), ApiVersionResponse_v0(0, [(0, 99, 99), (3, 99, 99)]).encode()))
+    await peer.gone()
+
+
+async def old_versions(peer: Peer) -> None:
+    await peer.send(frame(await asked(peer), ApiVersionResponse_v0(0, [(0, 0, 2), (3, 0, 4)]).encode()))
     await peer.gone()
 
 
@@ -204,6 +210,7 @@ Script = Callable[[Peer], Awaitable[None]]
         (hard_login, "protocol"),
         (null_lists, "protocol"),
         (other_versions, "incompatible"),
+        (old_versions, "incompatible"),
     ],
 )
 async def test_a_hostile_broker_costs_a_bounded_amount_of_time(
@@ -217,6 +224,15 @@ async def test_a_hostile_broker_costs_a_bounded_amount_of_time(
         assert (outcome.fault, outcome.code) == ("destination", code)
         assert time.monotonic() - started < 4
         await connector.close()
+
+
+async def test_a_cluster_that_lists_more_brokers_than_any_has_is_not_dialled(far: KafkaFarSide, egress: Egress) -> None:
+    far.brokers = [(number, "127.0.0.1", 40_000 + number) for number in range(MAX_LEADERS + 1)]
+    connector = sink(egress, far.options(), far.secrets())
+    (outcome,) = await deliver(connector, delivery(1))
+    assert (outcome.verdict, outcome.code) == ("reject", "incompatible")
+    assert str(MAX_LEADERS) in outcome.detail
+    await connector.close()
 
 
 async def test_random_answers_raise_nothing(

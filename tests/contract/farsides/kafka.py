@@ -61,8 +61,7 @@ class KafkaFarSide:
         self.stored: list[Stored] = []
         self.logins = 0
         self.requests: list[tuple[int, bytes]] = []  # API and body, without the first two of a connection
-        self.advertised: tuple[str, int] | None = None
-        self.topic_error = 0
+        self.brokers: list[tuple[int, str, int]] = []  # that are advertised instead of this one, each leads a partition
         self.most_records = 1 << 30  # in a batch, beyond which it is too large
         self.poison = b""  # a record that holds it is refused, and with it its batch
         self.throttle_ms = 0
@@ -186,10 +185,11 @@ class KafkaFarSide:
         return SaslAuthenticateResponse_v0(58, f"wrong: {CANARY}", b"")
 
     def _metadata(self) -> Any:
-        host, port = self.advertised or ("127.0.0.1", self._port)
-        partitions = [(0, number, 7, [7], [7]) for number in range(PARTITIONS)]
-        topics = [(self.topic_error, TOPIC, False, [] if self.topic_error else partitions)]
-        return MetadataResponse_v4(0, [(7, host, port, None)], "cluster", 7, topics)
+        brokers = [(*broker, None) for broker in self.brokers or [(7, "127.0.0.1", self._port)]]
+        count = max(PARTITIONS, len(brokers))
+        leaders = [brokers[number % len(brokers)][0] for number in range(count)]
+        partitions = [(0, number, leader, [leader], [leader]) for number, leader in enumerate(leaders)]
+        return MetadataResponse_v4(0, brokers, "cluster", 7, [(0, TOPIC, False, partitions)])
 
     def _produced(self, asked: Any, writer: asyncio.StreamWriter) -> Any:
         assert asked.required_acks == -1
