@@ -84,7 +84,12 @@ class Target:
     )
 
     def __init__(
-        self, client: "HttpClient", tenant: TenantRef, place: Place, identity: Identity | None, excerpt_bytes: int
+        self,
+        client: "HttpClient",
+        tenant: TenantRef,
+        place: Place,
+        identity: Identity | None,
+        excerpt_bytes: int = MAX_EXCERPT_BYTES,
     ) -> None:
         self.tenant = tenant
         self.place = place
