@@ -26,6 +26,7 @@ from connectors.kafka.encode import partition_of
 from dev import broker, certificates
 from dev.stack import Stack
 from schemas.ids import ExternalId, TenantRef, Vendor
+from schemas.outcome import Outcome
 from tests.connectors.kafkas import deliver, delivery, sink
 from tests.connectors.post import LOOPBACK
 from tests.deployment import event, eventually
@@ -321,3 +322,33 @@ async def test_tenants_with_look_alike_names_on_one_cluster_never_meet(cluster: 
     assert all(len(cluster.read(mine.topic)) == 40 for mine in owners)
     for connector in connectors:
         await connector.close()
+
+
+async def test_a_broker_that_is_killed_has_each_record_once_and_all_that_it_acknowledged(
+    stack: Stack, cluster: Cluster, egress: Egress
+) -> None:
+    """The last test of this file: it kills the broker. Nothing here tries a delivery again."""
+    mine = own(cluster)
+    connector = sink(egress, mine.options, mine.secrets, key="event_id", timeout="25s")
+    await deliver(connector, delivery(0))
+    sent = [delivery(number) for number in range(1, 401)]
+
+    async def killed() -> None:
+        await asyncio.sleep(1.0)
+        await asyncio.to_thread(stack.stop_kafka, kill=True)
+        await asyncio.to_thread(stack.start_kafka)
+
+    async def one(at: int) -> Outcome:
+        await asyncio.sleep(at * 0.01)
+        (outcome,) = await deliver(connector, sent[at])
+        return outcome
+
+    outcomes, _ = await asyncio.gather(asyncio.gather(*map(one, range(len(sent)))), killed())
+    found = [record.delivery for record in cluster.read(mine.topic)]
+    assert len(found) == len(set(found))
+    acknowledged = {its.id for its, outcome in zip(sent, outcomes, strict=True) if outcome.verdict == "delivered"}
+    assert acknowledged <= set(found)
+    assert {outcome.verdict for outcome in outcomes} <= {"delivered", "retry"}
+    assert {outcome.fault for outcome in outcomes} <= {"", "destination"}
+    assert [end.verdict for end in await deliver(connector, delivery(1000))] == ["delivered"]
+    await connector.close()
