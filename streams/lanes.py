@@ -205,10 +205,8 @@ class Lanes:
         `now` is the monotonic clock.
         """
         flying = self._flights.get(flight.key)
-        if flying is not None and flight.delivery.hop <= flying.delivery.hop:
-            if flying.joined is None:
-                flying.joined = []
-            flying.joined.append((flight.source, flight.offset))
+        if flying is not None and (not flying.end or flight.delivery.hop <= flying.delivery.hop):
+            self._join(flying, flight)
             return
         self.hold(flight)
         lane = flight.lane
@@ -243,6 +241,17 @@ class Lanes:
             self._ring.append(lane)
         if self.held_bytes > self._relief_bytes:
             self._relieve()
+
+    def _join(self, flying: Flight, copy: Flight) -> None:
+        """The end of what flies here is the end of its copy too. After a crash a delivery may be written on twice, and
+        one copy of it have come further than the other: what follows counts on from there, or it would be stale."""
+        if flying.joined is None:
+            flying.joined = []
+        flying.joined.append((copy.source, copy.offset))
+        known, newer = flying.delivery, copy.delivery
+        if newer.hop > known.hop:
+            known.hop, known.attempt, known.parks = newer.hop, newer.attempt, newer.parks
+            known.first_failed_ms = newer.first_failed_ms
 
     def hold(self, flight: Flight) -> None:
         """Counts a delivery among what this worker has, until `release`."""

@@ -239,11 +239,12 @@ async def test_a_letter_that_was_sent_on_twice_is_delivered_once(stack: Stack, w
         worker = await deployment.launch(command=command, **QUICK_COMMITS).ready()
         await deployment.publish([("moved", event("victim"))])
         assert await worker.ended(60) == -signal.SIGKILL
-        await deployment.worker(**QUICK_COMMITS)
+        successor = await deployment.worker(**QUICK_COMMITS)
         letters = await eventually(lambda: (x := deployment.retries(TAG))[2:] and x, "sent on again")
         assert [int(one.headers["hg-hop"]) for one in letters[:3]] == [1, 2, 2]
         assert len({one.headers["hg-not-before"] for one in letters}) == 1
         if to_the_end:
             await deployment.inbox.wait_for("/moved", 1, wait_s + 60)
             await all_ended(deployment)
-            assert [one.status for one in deployment.inbox.received("/moved")] == [429, 200]
+            statuses = [one.status for one in deployment.inbox.received("/moved")]
+            assert statuses == [429, 200], successor.log.read_text()

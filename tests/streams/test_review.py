@@ -229,21 +229,34 @@ async def test_more_questions_to_redis_than_connections_are_all_answered(stack: 
     await ledger.close()
 
 
-async def test_a_stale_copy_does_not_hide_the_one_in_flight_from_its_own_copies():
+def lanes_alone() -> Lanes:
     metrics = Metrics(tenant_label="tag", type_label=False, version="0")
-    lanes = Lanes(LaneSettings(1, 1000, 1000), Egress((), on_blocked=lambda _: None), metrics)
+    return Lanes(LaneSettings(1, 1000, 1000), Egress((), on_blocked=lambda _: None), metrics)
 
-    def copy(hop: int, offset: int) -> Flight:
-        whose = TenantRef(DEFAULT_VENDOR, ExternalId("acme")), DestinationId("hook"), DeliveryId("dlv_1")
-        delivery = Delivery(*whose, Event("t", msgspec.Raw(b"1")), "", 0, 1, hop=hop)
-        return Flight(delivery, cast(Any, None), Fan(lambda _: None), offset, "dlv_1", "dlv_1", 1)
 
-    flying, stale, again = copy(1, 10), copy(0, 20), copy(1, 11)
+def copy_of(hop: int, offset: int) -> Flight:
+    whose = TenantRef(DEFAULT_VENDOR, ExternalId("acme")), DestinationId("hook"), DeliveryId("dlv_1")
+    delivery = Delivery(*whose, Event("t", msgspec.Raw(b"1")), "", 0, 1, hop=hop, attempt=hop)
+    return Flight(delivery, cast(Any, None), Fan(lambda _: None), offset, "dlv_1", "dlv_1", 1)
+
+
+async def test_a_stale_copy_does_not_hide_the_one_in_flight_from_its_own_copies():
+    lanes = lanes_alone()
+    flying, stale, again = copy_of(1, 10), copy_of(0, 20), copy_of(1, 11)
     lanes.hold(flying)
     lanes.hold(stale)
     lanes.release([stale])
     lanes.admit(again, 0.0)
     assert flying.joined == [(again.source, 11)]
+
+
+async def test_a_copy_that_has_come_further_joins_what_flies_and_what_follows_counts_on_from_it():
+    lanes = lanes_alone()
+    flying, further = copy_of(1, 10), copy_of(3, 20)
+    lanes.hold(flying)
+    lanes.admit(further, 0.0)
+    assert flying.joined == [(further.source, 20)]
+    assert (flying.delivery.hop, flying.delivery.attempt) == (3, 3)
 
 
 async def test_what_waits_for_a_control_plane_that_is_away_is_bounded():
