@@ -1,7 +1,7 @@
 """The report of `make chaos`: what each test of the scoreboard measured and whether it held, in docs/benchmarks.md.
 
 A test's number stands in its mark (`chaos` or `scoreboard`), its figures it says through the `report` fixture, its
-result is pytest's. The rows of a number that was run replace its older ones; the others stay, since each row has a date
+result is pytest's. The row of a test that was run replaces its older one; the others stay, since each row has a date
 and a commit of its own. With `--report` only, and also if the run is broken off.
 """
 
@@ -47,7 +47,8 @@ class Writer:
         number = dict(said).get("number")
         if number is None or not (report.when == "call" or report.failed):
             return
-        name = report.nodeid.rpartition("::")[2].partition("[")[0].removeprefix("test_").replace("_", " ")
+        test = report.nodeid.partition("[")[0].rpartition("::")[2]  # the case may hold colons
+        name = test.removeprefix("test_").replace("_", " ")
         row = self.rows.setdefault((number, name), Row())
         row.cases += report.when == "call"
         row.failed |= report.failed
@@ -61,9 +62,8 @@ class Writer:
 def write(page: Path, rows: dict[tuple[str, str], Row]) -> None:
     head, _, rest = page.read_text().partition(BEGIN)
     old, _, tail = rest.partition(END)
-    new = {number for number, _ in rows}
     cells = [tuple(line.strip("| ").split(" | ")) for line in old.splitlines() if line.startswith("| ")]
-    table = [row for row in cells if len(row) == len(HEAD) and row[0] not in new]
+    table = [row for row in cells if len(row) == len(HEAD) and row[:2] not in rows]
     when = f"{datetime.now(UTC):%Y-%m-%d %H:%M}, {_commit()}"
     for (number, name), row in rows.items():
         figures = "; ".join(row.figures) or f"{row.cases} case{'s' * (row.cases != 1)}"
