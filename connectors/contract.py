@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound=BaseModel)
 Secrets = TypeVar("Secrets", bound=BaseModel)
+Given = TypeVar("Given")
 # An expression of the options, compiled: what it gives of an event. Raises ValueError where it cannot be evaluated on
 # this one; the fault's text names fields and types, never a value.
 Expression: TypeAlias = Callable[[Event], str]
@@ -106,15 +107,23 @@ async def deliver_each(connector: Direct, batch: Batch) -> Mapping[DeliveryId, O
     waiting: dict[DeliveryId, asyncio.Future[Outcome]] = {}
     for delivery in batch.deliveries:
         waiting[delivery.id] = loop.create_future()
-        connector.start(delivery, batch.at_ms, partial(_give, waiting[delivery.id]))
+        connector.start(delivery, batch.at_ms, partial(give, waiting[delivery.id]))
     connector.hurry()
     return {ident: await outcome for ident, outcome in waiting.items()}
 
 
-def _give(waiter: asyncio.Future[Outcome], outcome: Outcome) -> None:
-    """A waiter that was cancelled wants nothing any more."""
+def give(waiter: asyncio.Future[Given], value: Given) -> None:
+    """What came, to who waits for it. A waiter that was cancelled wants nothing any more."""
     if not waiter.done():
-        waiter.set_result(outcome)
+        waiter.set_result(value)
+
+
+def place_of(fault: BaseException) -> str:
+    """Where it was raised: a bug's words may quote a payload or a secret, its type and place are enough to find it."""
+    trace = fault.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace is not None else ""
 
 
 class Spec(Generic[Options, Secrets]):

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from connectors.contract import Batch, Connector, Direct
+from connectors.contract import Batch, Connector, Direct, place_of
 from schemas.delivery import Delivery
 from schemas.outcome import Outcome, retry
 
@@ -23,18 +23,13 @@ NOT_CONNECTED: Final = retry("platform", "connector_error", "an error on our sid
 
 
 def _bug(delivery: Delivery, fault: Exception) -> Outcome:
-    """The fault's words may quote a payload or a secret: its type and place are enough to find it."""
-    trace = fault.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace is not None else ""
     log.error(
         "connector_bug",
         vendor=delivery.tenant.vendor,
         destination=delivery.destination,
         delivery=delivery.id,
         fault=type(fault).__name__,
-        place=place,
+        place=place_of(fault),
     )
     return NOT_CONNECTED
 

@@ -12,6 +12,8 @@ import socket
 import ssl
 import struct
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Final
 
 from aiokafka import conn, errors
@@ -21,6 +23,7 @@ from aiokafka.protocol.produce import ProduceRequest
 from msgspec import Struct
 from pydantic import SecretStr
 
+from connectors.contract import give
 from connectors.egress import Egress
 from connectors.http.client import ADDRESS_S, OUT_OF_RESOURCES
 from connectors.http.door import Address, Blocked, Names
@@ -77,30 +80,25 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]
         """Dials, shakes hands and logs in. Raises Fault."""
         login = self._login
         step: Step = "connect"
-        try:
-            async with asyncio.timeout(self._request_timeout):
-                made = await _dialled(self._egress, self._tenant, self.host, self.port, tls=login.tls is not None)
-                if login.tls is not None:
-                    step = "tls"
-                await self._take_on(made)
-                step = "login"
-                await self._do_version_lookup()
-                if any(self._versions.get(api, (0, 0))[1] < least for api, least in NEEDED.items()):
-                    raise Fault("incompatible", "the broker is older than Kafka 1.0", step=step)
-                if login.mechanism:
-                    await self._do_sasl_handshake()
-        except TimeoutError:
-            self.close()
-            raise Fault("timeout", step=step) from None
-        except Fault:
-            self.close()
-            raise
-        except (errors.KafkaError, *_UNREADABLE) as fault:
-            self.close()
-            raise self._meant(fault, step) from fault
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            try:
+                async with asyncio.timeout(self._request_timeout):
+                    made = await _dialled(self._egress, self._tenant, self.host, self.port, tls=login.tls is not None)
+                    if login.tls is not None:
+                        step = "tls"
+                    await self._take_on(made)
+                    step = "login"
+                    await self._do_version_lookup()
+                    if any(self._versions.get(api, (0, 0))[1] < least for api, least in NEEDED.items()):
+                        raise Fault("incompatible", "the broker is older than Kafka 1.0", step=step)
+                    if login.mechanism:
+                        await self._do_sasl_handshake()
+            except TimeoutError:
+                raise Fault("timeout", step=step) from None
+            except (errors.KafkaError, *_UNREADABLE) as fault:
+                raise self._meant(fault, step) from fault
+            undo.pop_all()
 
     async def _take_on(self, made: socket.socket) -> None:
         """aiokafka's own way, on a socket that is there."""
@@ -109,17 +107,16 @@ class Connection(conn.AIOKafkaConnection):  # type: ignore[misc]
         self._closed_fut = loop.create_future()
         reader = asyncio.StreamReader(limit=conn.READER_LIMIT, loop=loop)
         protocol = conn.AIOKafkaProtocol(self._closed_fut, reader, loop=loop)
-        try:
-            context = tls() if tls is not None else None
-            transport, _ = await loop.create_connection(
-                lambda: protocol, sock=made, ssl=context, server_hostname=self.host if context is not None else None
-            )
-        except OSError as fault:
-            made.close()
-            raise _broken(fault, "tls" if tls is not None else "connect") from fault
-        except BaseException:
-            made.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(made.close)
+            try:
+                context = tls() if tls is not None else None
+                transport, _ = await loop.create_connection(
+                    lambda: protocol, sock=made, ssl=context, server_hostname=self.host if context is not None else None
+                )
+            except OSError as fault:
+                raise _broken(fault, "tls" if tls is not None else "connect") from fault
+            undo.pop_all()
         self._reader, self._writer, self._protocol = (
             reader,
             asyncio.StreamWriter(transport, protocol, reader, loop),
@@ -209,12 +206,7 @@ async def _dialled(egress: Egress, tenant: TenantRef, host: str, port: int, *, t
 
 async def _looked_up(egress: Egress, tenant: TenantRef, host: str) -> Names:
     found: asyncio.Future[Names] = asyncio.get_running_loop().create_future()
-
-    def answered(names: Names) -> None:
-        if not found.done():
-            found.set_result(names)
-
-    return egress.look_up(tenant, host, answered) or await found
+    return egress.look_up(tenant, host, partial(give, found)) or await found
 
 
 async def _connected(
@@ -227,28 +219,22 @@ async def _connected(
         raise Fault("egress_blocked", str(fault)) from None
     except OSError as fault:
         raise _broken(fault, "connect") from fault
-    writable: asyncio.Future[None] = loop.create_future()
-    loop.add_writer(made.fileno(), _ready, writable)
-    try:
-        async with asyncio.timeout(None if last else ADDRESS_S):
-            await writable
-        number = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    except TimeoutError:
-        number = errno.ETIMEDOUT
-    except BaseException:
-        loop.remove_writer(made.fileno())
-        made.close()
-        raise
-    loop.remove_writer(made.fileno())
-    if number:
-        made.close()
-        raise _broken(OSError(number, ""), "connect")
+    with ExitStack() as undo:
+        undo.callback(made.close)
+        writable: asyncio.Future[None] = loop.create_future()
+        loop.add_writer(made.fileno(), give, writable, None)
+        try:
+            async with asyncio.timeout(None if last else ADDRESS_S):
+                await writable
+            number = made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        except TimeoutError:
+            number = errno.ETIMEDOUT
+        finally:
+            loop.remove_writer(made.fileno())
+        if number:
+            raise _broken(OSError(number, ""), "connect")
+        undo.pop_all()
     return made
-
-
-def _ready(writable: "asyncio.Future[None]") -> None:
-    if not writable.done():
-        writable.set_result(None)
 
 
 def _broken(fault: OSError, step: Step) -> Fault:

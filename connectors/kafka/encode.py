@@ -1,6 +1,5 @@
-"""The record: key, headers and value of an event; its partition, as Java clients choose it; and a batch of records."""
+"""The record: key, headers and value of an event; and a batch of records."""
 
-import struct
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -17,9 +16,6 @@ MAX_KEY_BYTES: Final = 1024
 # of a record in a batch, beside its value: key and headers of usual length, offset and time
 RECORD_OVERHEAD: Final = 300
 _MAGIC: Final = 2
-_SEED: Final = 0x9747B28C
-_MIX: Final = 0x5BD1E995
-_WORD: Final = 0xFFFFFFFF
 CODECS: Final = {
     "none": DefaultRecordBatch.CODEC_NONE,
     "gzip": DefaultRecordBatch.CODEC_GZIP,
@@ -73,19 +69,6 @@ def headers(delivery: Delivery) -> list[tuple[str, bytes]]:
     if event.aggregateId:
         made.append(("aggregateId", event.aggregateId.encode()))
     return made
-
-
-def partition_of(key: bytes, partitions: int) -> int:
-    """As Java's client has it: murmur2, without its sign. 1 us for a key of 10 bytes, a third of aiokafka's."""
-    words, rest = divmod(len(key), 4)
-    found = _SEED ^ len(key)
-    for word in struct.unpack_from(f"<{words}I", key):
-        mixed = word * _MIX & _WORD
-        found = (found * _MIX ^ (mixed ^ mixed >> 24) * _MIX) & _WORD
-    if rest:
-        found = (found ^ int.from_bytes(key[-rest:], "little")) * _MIX & _WORD
-    found = (found ^ found >> 13) * _MIX & _WORD
-    return ((found ^ found >> 15) & 0x7FFFFFFF) % partitions
 
 
 def batch(records: Iterable[Record], codec: int, producer: int, epoch: int, sequence: int) -> bytes:

@@ -16,12 +16,14 @@ from typing import Any, Final
 from aiokafka.protocol.produce import ProduceRequest
 from msgspec import Struct
 
+from connectors.contract import place_of
 from connectors.egress import Egress
 from connectors.http.tls import client_context
 from connectors.kafka.classify import DUPLICATE, EVENT, Fault, fault_of
 from connectors.kafka.cluster import Cluster, Place, Reach
-from connectors.kafka.encode import MAX_BATCH_BYTES, RECORD_OVERHEAD, Record, batch, partition_of
+from connectors.kafka.encode import MAX_BATCH_BYTES, RECORD_OVERHEAD, Record, batch
 from schemas.outcome import Outcome, delivered
+from schemas.topics import partition_of
 
 LINGER_S: Final = 0.1
 BACKOFF_S: Final = 0.1
@@ -402,12 +404,7 @@ class Producer:
         self._tasks.discard(task)
         if task.cancelled() or (bug := task.exception()) is None:
             return
-        # its words may quote what it was about: its type and place are enough to find it
-        trace = bug.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f"{trace.tb_frame.f_code.co_qualname}:{trace.tb_lineno}" if trace is not None else ""
-        self._loop.call_exception_handler({"message": f"connector bug: {type(bug).__name__} at {place}"})
+        self._loop.call_exception_handler({"message": f"connector bug: {type(bug).__name__} at {place_of(bug)}"})
         self.abort(Fault("connector_error"))
         self._pool.leave(self)
 

@@ -5,6 +5,7 @@ A new one for each login: there are few, one a broker, and so no clock has to be
 
 import asyncio
 import base64
+from functools import partial
 from typing import Final
 from urllib.parse import quote_plus, urlencode
 
@@ -13,6 +14,7 @@ from aiokafka.abc import AbstractTokenProvider
 from msgspec import Struct
 from pydantic import SecretStr
 
+from connectors.contract import give
 from connectors.egress import Egress
 from connectors.http.answer import MAX_ANSWER_BYTES, Answer
 from connectors.http.place import Place
@@ -51,12 +53,7 @@ class Tokens(AbstractTokenProvider):  # type: ignore[misc]  # aiokafka is untype
     async def token(self) -> str:
         """Raises Fault."""
         given: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-
-        def answered(answer: Answer) -> None:
-            if not given.done():
-                given.set_result(answer)
-
-        self._target.post(self._message, self._timeout_s, answered)
+        self._target.post(self._message, self._timeout_s, partial(give, given))
         answer = await given
         if answer.fault == "egress_blocked":
             raise Fault("egress_blocked", answer.detail, step="login")

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from typing import Final
 
-from connectors.contract import Batch, Batching, Expressions, Feed, Spec, Step, deliver_each
+from connectors.contract import Batch, Batching, Expressions, Feed, Spec, Step, deliver_each, give
 from connectors.egress import Egress
 from connectors.http.answer import Answer
 from connectors.http.tls import Identity
@@ -64,12 +65,7 @@ class WebhookConnector:
     async def check(self) -> Sequence[Step]:
         """Resolves, connects and shakes hands; sends no request, so the receiver's handler sees nothing."""
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-
-        def answered(given: Answer) -> None:
-            if not answer.done():  # a check that was given up wants nothing any more
-                answer.set_result(given)
-
-        self._target.probe(self._timeout_s, answered)
+        self._target.probe(self._timeout_s, partial(give, answer))
         found = await answer
         names = _STEPS if self._target.place.tls else _STEPS[:-1]
         if not found.fault:

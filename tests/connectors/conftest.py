@@ -9,6 +9,7 @@ import trustme
 
 from connectors.egress import Egress
 from tests.connectors.post import LOOPBACK, Clock
+from tests.contract.farsides.kafka import KafkaFarSide
 
 
 @pytest.fixture
@@ -40,3 +41,12 @@ def server_tls(authority: trustme.CA) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
     return context
+
+
+@pytest.fixture
+async def far() -> AsyncIterator[KafkaFarSide]:
+    """A Kafka cluster of a tenant's that does as it is told."""
+    made = KafkaFarSide()
+    await made.start()
+    yield made
+    await made.stop()

@@ -10,7 +10,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -27,14 +27,6 @@ from tests.contract.farsides.kafka import KafkaFarSide
 
 ONLY_THE_FIRST = (ip_network("127.0.0.1/32"),)
 ELSEWHERE = "127.0.0.2"  # forbidden where only the first is allowed; everything arrives there all the same
-
-
-@pytest.fixture
-async def far() -> AsyncIterator[KafkaFarSide]:
-    made = KafkaFarSide()
-    await made.start()
-    yield made
-    await made.stop()
 
 
 class Counting:

@@ -1,7 +1,6 @@
 """Every error of a broker, and of aiokafka, has its meaning here, and the far side's numbers come to the right end."""
 
 import inspect
-from collections.abc import AsyncIterator
 
 import pytest
 from aiokafka import errors
@@ -16,14 +15,6 @@ KNOWN = {
     for _, one in inspect.getmembers(errors, inspect.isclass)
     if issubclass(one, Exception) and one.__module__ == errors.__name__
 }
-
-
-@pytest.fixture
-async def far() -> AsyncIterator[KafkaFarSide]:
-    made = KafkaFarSide()
-    await made.start()
-    yield made
-    await made.stop()
 
 
 def test_every_error_of_aiokafka_has_its_place_and_none_is_there_that_it_does_not_have() -> None:

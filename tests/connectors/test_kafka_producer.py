@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from connectors.body import body
 from connectors.egress import Egress
 from connectors.kafka.cluster import Reach
 from connectors.kafka.connection import Login
-from connectors.kafka.encode import CODECS, Record, partition_of
+from connectors.kafka.encode import CODECS, Record
 from connectors.kafka.producer import LINGER_S, Producer, Producers
 from schemas.outcome import Outcome
+from schemas.topics import partition_of
 from tests.connectors.kafkas import deliver, delivery, sink
 from tests.connectors.post import ACME
 from tests.connectors.receiver import Peer, Receiver
@@ -35,14 +35,6 @@ from tests.contract.farsides.kafka import (
 )
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "kafka-partitions.json").read_text())
-
-
-@pytest.fixture
-async def far() -> AsyncIterator[KafkaFarSide]:
-    made = KafkaFarSide()
-    await made.start()
-    yield made
-    await made.stop()
 
 
 def requests(far: KafkaFarSide, api: int) -> int:

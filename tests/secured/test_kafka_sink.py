@@ -22,11 +22,11 @@ from config.rights import binding
 from config.settings import Settings
 from connectors.body import body
 from connectors.egress import Egress
-from connectors.kafka.encode import partition_of
 from dev import broker, certificates
 from dev.stack import Stack
 from schemas.ids import ExternalId, TenantRef, Vendor
 from schemas.outcome import Outcome
+from schemas.topics import partition_of
 from tests.connectors.kafkas import deliver, delivery, sink
 from tests.connectors.post import LOOPBACK
 from tests.deployment import event, eventually
