@@ -5,7 +5,7 @@ outcomes and lets the rest reach `streams/runner.py`.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
@@ -38,24 +38,45 @@ class Feed(Enum):
 
 
 class Span(Struct, frozen=True, gc=False):
-    """A range of a stage partition that a batch covers."""
+    """A range of a stage partition that a batch covers. `log` names that topic for good, also after one of the same
+    name took its place: `<cluster id>/<topic id>`."""
 
+    log: str
     partition: int
     first: int
     last: int
 
 
+Note: TypeAlias = Callable[[bytes], Awaitable[None]]
+
+
+async def keep_nothing(_noted: bytes) -> None:
+    """For batches of lane kinds, and for those that nobody delivers a second time."""
+
+
 class Batch(Struct, frozen=True):
-    """Deliveries of one tenant to one destination. `at_ms` is the clock that a signature needs."""
+    """Deliveries of one tenant to one destination. `at_ms` is the clock that a signature needs.
+
+    A batch of a stage kind is delivered again as the batch it was: same span, same deliveries in the same order,
+    after a failure as after a crash. What its connector must know then, it writes with `note` before it acts; that
+    returns once it is durable, and raises where this worker no longer owns the batch: then nothing may be sent.
+    `noted` is what was written last, empty at first.
+    """
 
     tenant: TenantRef
     destination: DestinationId
     at_ms: int
     span: Span | None
     deliveries: tuple[Delivery, ...]
+    noted: bytes = b""
+    note: Note = keep_nothing
 
 
 class Batching(Struct, frozen=True, gc=False):
+    """How much is delivered together. For stage kinds, `linger_s` after its first record a batch ends; `max_bytes` are
+    those of its records in the stage; `max_in_flight` counts batches. `timeout_s` bounds one `deliver` whatever hangs:
+    a connector has smaller ones of its own, and names its outcomes itself."""
+
     max_events: int
     max_bytes: int
     linger_s: float
@@ -143,8 +164,13 @@ class Spec(Generic[Options, Secrets]):
         dials: Callable[[Options], Mapping[str, tuple[str, bool]]],
         expressions: Callable[[Options], Mapping[str, str]] = lambda options: {},
         generate: Callable[[], Mapping[str, str]] = dict,
+        batching: Callable[[Options], Batching] | None = None,
+        unsure: Set[str] = frozenset(),
     ) -> None:
         """`codes` maps each outcome code to its meaning; `generate` makes the secrets that none were given for.
+
+        Of stage kinds: `batching` says how large batches get by these options; `unsure` are the codes after which
+        nobody knows whether the far side holds what was sent.
 
         `dials` gives, by option, the host that it names and whether that is spoken to in TLS; `expressions` the
         expression over an event that it holds (`routing/filters.py`), which must give a text.
@@ -162,3 +188,5 @@ class Spec(Generic[Options, Secrets]):
         self.dials = dials
         self.expressions = expressions
         self.generate = generate
+        self.batching = batching
+        self.unsure = unsure
