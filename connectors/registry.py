@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from connectors.contract import Spec
+from connectors.contract import Feed, Spec
 from connectors.kafka.connector import SPEC as KAFKA
 from connectors.webhook.connector import SPEC as WEBHOOK
 
 KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA)}
+STAGED: Final = frozenset(kind for kind, spec in KINDS.items() if spec.feed is Feed.STAGE)
 LATER: Final = frozenset({"s3", "bigquery"})
 
 
