@@ -5,10 +5,11 @@ from typing import Any, Final
 
 from connectors.contract import Spec
 from connectors.kafka.connector import SPEC as KAFKA
+from connectors.s3.connector import SPEC as S3
 from connectors.webhook.connector import SPEC as WEBHOOK
 
-KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA)}
-LATER: Final = frozenset({"s3", "bigquery"})
+KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, S3)}
+LATER: Final = frozenset({"bigquery"})
 
 
 class UnknownKind(ValueError):
