@@ -57,6 +57,7 @@ from config.rights import lacking
 from config.settings import SchemaRegistrySettings, Settings, SettingsError, show_bytes, show_duration
 from config.upcasters import installed_upcasters
 from config.vault import MasterKeys, Unsealable
+from connectors.registry import STAGED
 from schemas.ids import Tag, TenantRef, Vendor
 from schemas.topics import DAY_MS, TopicSpec, base_topics, tenant_topics
 from streams.schemas import NoAnswer, SchemaRegistry
@@ -299,9 +300,15 @@ class _Tenants:
     def count(self) -> int:
         return sum(len(current.tenants) for current in self.current.values())
 
-    def tags(self, vendor: Vendor, *, active: bool) -> list[Tag]:
-        found = self.current[vendor].tenants.values()
-        return sorted({Tag(one.record.tag) for one in found if (one.record.state == "active") == active})
+    def tags(self, vendor: Vendor, *, active: bool) -> dict[Tag, bool]:
+        """Whether each has a destination of a stage kind."""
+        found: dict[Tag, bool] = {}
+        for one in self.current[vendor].tenants.values():
+            if (one.record.state == "active") == active:
+                kinds = {destination.type for destination in one.destinations.values()}
+                tag = Tag(one.record.tag)
+                found[tag] = found.get(tag, False) or not STAGED.isdisjoint(kinds)
+        return dict(sorted(found.items()))
 
     def longest_max_age_s(self, default_s: float) -> float:
         """Of all destinations that are configured."""
@@ -317,8 +324,8 @@ class _Tenants:
 def _expected(settings: Settings, tenants: _Tenants) -> dict[str, TopicSpec]:
     specs = list(base_topics(settings.topics, settings.vendors, settings.sizes))
     for vendor in settings.vendors:
-        for tag in tenants.tags(vendor, active=True):
-            specs += tenant_topics(settings.topics, vendor, tag, settings.sizes)
+        for tag, staged in tenants.tags(vendor, active=True).items():
+            specs += tenant_topics(settings.topics, vendor, tag, settings.sizes, staged=staged)
     return {spec.name: spec for spec in specs}
 
 
@@ -385,7 +392,7 @@ def _topics(
         do = "start the brokers that hold them; a topic with too many partitions has to be made anew"
         yield _verdict("partitions", "fail", wrong, "", do)
     else:
-        do = "headgate apply adds those of retry topics; those of ingress stay, since more would move keys"
+        do = "headgate apply adds those of retry topics; the others stay as they are, since more would move keys"
         count = sum(1 for _ in cluster.partitions())
         yield _verdict("partitions", "warn", fewer, f"{count} partitions, all with a leader", do)
 
@@ -490,22 +497,19 @@ def acknowledgement_problem(copies: int, least: int) -> Literal["stuck", "alone"
 
 
 def _leftovers(settings: Settings, cluster: _Cluster, expected: Mapping[str, TopicSpec], tenants: _Tenants) -> Check:
-    """Topics of the prefix that nobody configured. Those of removed tenants stay on purpose."""
+    """Topics of the prefix that nobody configured. Those of removed tenants and stages stay on purpose."""
     if not tenants.readable:
         return Check("leftover topics", "warn", "cannot be told without control", "see the check of tenants")
     topics = settings.topics
     kept: set[str] = {f"{topics.prefix}.doctor"}
     for vendor in settings.vendors:
-        for tag in tenants.tags(vendor, active=False):
-            kept |= {spec.name for spec in tenant_topics(topics, vendor, tag, settings.sizes)}
-            kept |= {topics.stage(vendor, tag), topics.stage_cursor(vendor, tag)}
-        for tag in tenants.tags(vendor, active=True):
-            kept |= {topics.stage(vendor, tag), topics.stage_cursor(vendor, tag)}
+        for tag in tenants.tags(vendor, active=False) | tenants.tags(vendor, active=True):
+            kept |= {spec.name for spec in tenant_topics(topics, vendor, tag, settings.sizes, staged=True)}
     unknown = [name for name in sorted(cluster.topics) if name not in expected and name not in kept]
     removed = sum(1 for name in cluster.topics if name in kept and name not in expected)
     fine = "no topic of the prefix is unknown"
     if removed:
-        fine += f"; {removed} belong to tenants that were removed"
+        fine += f"; {removed} belong to tenants, or to destinations, that were removed"
     do = (
         "they belong to no tenant in control and no vendor in HEADGATE_VENDORS: look what they hold, then delete them "
         "with your Kafka tools, or configure whose they are"

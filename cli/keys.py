@@ -46,7 +46,7 @@ from config.vault import MasterKeys
 from config.writer import Writer
 from schemas.control import WrappedKey, decode_control, parse_control_key
 from schemas.ids import ExternalId, TenantRef, Vendor
-from schemas.topics import record_bytes
+from schemas.topics import record_bytes, tenant_topics
 
 SHRED: Final = "headgate keys shred"
 ROTATE: Final = "headgate keys rotate"
@@ -283,7 +283,8 @@ def shred_tenant(
             say(f"{printable(owner.tenant)} is being deleted: its events are dropped from now on")
             tag = own_tag(owner, current)
             if tag is not None:
-                names = [topics.retry(owner.vendor, tag), topics.dead_letters(owner.vendor, tag)]
+                sizes = settings.sizes
+                names = [spec.name for spec in tenant_topics(topics, owner.vendor, tag, sizes, staged=True)]
                 deleted = delete_topics(kafka, names)
                 for name in deleted:
                     say(f"topic {name} deleted")

@@ -103,7 +103,8 @@ class MadeSecret(Struct, frozen=True):
 
 
 class Plan(Struct, frozen=True):
-    """`writes` are in the order in which they must lie in the topics; `tags` are those whose topics must exist.
+    """`writes` are in the order in which they must lie in the topics. `tags` are those whose topics must exist, with
+    the kinds of destination that use them.
 
     `longest_max_age_s` is the longest that a delivery of the vendor can wait, of what is configured after the apply.
     `warning` is of the master key with which it wraps new data keys; empty where that is in use.
@@ -112,7 +113,7 @@ class Plan(Struct, frozen=True):
     vendor: Vendor
     lines: tuple[Line, ...]
     writes: tuple[Write, ...]
-    tags: tuple[Tag, ...]
+    tags: Mapping[Tag, frozenset[str]]
     longest_max_age_s: float
     made: tuple[MadeSecret, ...]
     removed: tuple[ExternalId, ...]
@@ -212,11 +213,15 @@ def make_plan(
     """
     _refuse_what_is_kept(document, current, creation)
     work = _Work(document.vendor, kinds, master, now_ms, current)
-    tags = {Tag(tenant.record.tag): None for tenant in current.tenants.values() if tenant.record.state == "active"}
+    tags: dict[Tag, set[str]] = {}
+    for tenant in current.tenants.values():
+        if tenant.record.state == "active":
+            tags.setdefault(Tag(tenant.record.tag), set()).update(d.type for d in tenant.destinations.values())
     ages = [d.retry.max_age_s for tenant in current.tenants.values() for d in tenant.destinations.values()]
     ages += [d.retry.max_age_s for entry in document.tenants for d in entry.destinations]
     for entry in document.tenants:
-        tags[work.tenant(entry, current.tenants.get(entry.external_id), creation)] = None
+        tag = work.tenant(entry, current.tenants.get(entry.external_id), creation)
+        tags.setdefault(tag, set()).update(d.type for d in entry.destinations)
     if prune:
         named = {entry.external_id for entry in document.tenants}
         for external_id, tenant in current.tenants.items():
@@ -226,7 +231,7 @@ def make_plan(
         document.vendor,
         tuple(work.lines),
         tuple(work.writes),
-        tuple(tags),
+        {tag: frozenset(kinds) for tag, kinds in tags.items()},
         max(ages, default=0.0),
         tuple(work.made),
         tuple(work.removed),

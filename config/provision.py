@@ -201,6 +201,13 @@ def topic_settings(kafka: Mapping[str, Any], name: str) -> dict[str, str]:
     return {setting: entry.value for setting, entry in found.items() if entry.value is not None}
 
 
+def log_names(kafka: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+    """`<cluster id>/<topic id>` of each topic: names a log for good, whatever takes its place."""
+    admin, _ = connected_admin(kafka)
+    cluster = admin.list_topics(timeout=REQUEST_TIMEOUT_S).cluster_id
+    return {name: f"{cluster}/{ident}" for name, ident in topic_ids(kafka, names).items()}
+
+
 def topic_ids(kafka: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     """The first 8 hex digits of each topic's id: what tells a topic that was made anew from the one before it."""
     admin, _ = connected_admin(kafka)

@@ -50,6 +50,10 @@ class Span(Struct, frozen=True, gc=False):
 Note: TypeAlias = Callable[[bytes], Awaitable[None]]
 
 
+class NotOwned(Exception):
+    """The batch is another worker's by now: its partition was taken away from this one."""
+
+
 async def keep_nothing(_noted: bytes) -> None:
     """For batches of lane kinds, and for those that nobody delivers a second time."""
 
@@ -59,8 +63,8 @@ class Batch(Struct, frozen=True):
 
     A batch of a stage kind is delivered again as the batch it was: same span, same deliveries in the same order,
     after a failure as after a crash. What its connector must know then, it writes with `note` before it acts; that
-    returns once it is durable, and raises where this worker no longer owns the batch: then nothing may be sent.
-    `noted` is what was written last, empty at first.
+    returns once it is durable, and raises NotOwned where this worker no longer owns the batch: then nothing may be
+    sent, and the connector lets it through. `noted` is what was written last, empty at first.
     """
 
     tenant: TenantRef

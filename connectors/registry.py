@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from connectors.contract import Spec
+from connectors.contract import Feed, Spec
 from connectors.kafka.connector import SPEC as KAFKA
 from connectors.s3.connector import SPEC as S3
 from connectors.webhook.connector import SPEC as WEBHOOK
 
 KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, S3)}
+STAGED: Final = frozenset(kind for kind, spec in KINDS.items() if spec.feed is Feed.STAGE)
 LATER: Final = frozenset({"bigquery"})
 
 

@@ -94,6 +94,10 @@ class Boundaries(Generic[K]):
             heapq.heappop(ends)
         return None
 
+    def oldest(self, none: int) -> int:
+        """The first record that an open batch holds; `none` where none is open."""
+        return min([batch.first for batch in self._open.values()], default=none)
+
     def _close(self, of: K, batch: _Open) -> Closed[K]:
         del self._open[of]
         return Closed(of, batch.first, batch.last, batch.count, batch.size)

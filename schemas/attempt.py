@@ -40,6 +40,9 @@ class EventRecord(Struct, gc=False, omit_defaults=True, tag_field="kind", tag="e
 class AttemptRecord(Struct, gc=False, omit_defaults=True, tag_field="kind", tag="attempt"):
     """How one attempt, or the lack of one, ended.
 
+    An attempt of a batch is one record (several where it is large) that lists its `deliveries`; `delivery` is then the
+    batch's id, `bat_…`, and `eventId` and `eventType` are empty.
+
     `route` names the routes that led here, comma-separated, on the first attempt. `attempt` counts from 1. `code` is
     the outcome's code (`recovered`: the ledger knew the delivery as done). `nextAt` is set where another one follows.
     `sealed` holds the `SealedAnswer`.
@@ -69,6 +72,7 @@ class AttemptRecord(Struct, gc=False, omit_defaults=True, tag_field="kind", tag=
     configVersion: int = 0
     receipt: str = ""
     sealed: bytes | None = None
+    deliveries: Sequence[str] = ()
 
 
 class SealedAnswer(Struct, gc=False, omit_defaults=True):

@@ -65,6 +65,11 @@ class Topics(Struct, frozen=True):
         names = "|".join(re.escape(vendor) for vendor in vendors)
         return rf"^{re.escape(self.prefix)}\.(?:{names})\.retry\.[a-z0-9-]+$"
 
+    def stage_pattern(self, vendors: Sequence[Vendor]) -> str:
+        """A regular expression for every stage topic of the vendors, and for none of their cursors."""
+        names = "|".join(re.escape(vendor) for vendor in vendors)
+        return rf"^{re.escape(self.prefix)}\.(?:{names})\.stage\.[a-z0-9-]+$"
+
     def group(self, name: str) -> str:
         return f"{self.prefix}.{name}"
 
@@ -116,36 +121,29 @@ _UNROUTED_RETENTION_MS: Final = 7 * DAY_MS
 
 
 def _delete(name: str, partitions: int, retention_ms: int, max_bytes: int, **more: str) -> TopicSpec:
+    return _topic(name, partitions, max_bytes, cleanup_policy="delete", retention_ms=str(retention_ms), **more)
+
+
+def _compacted(name: str, partitions: int, max_bytes: int, **more: str) -> TopicSpec:
+    """Its segments roll within minutes: the one that is written is never cleaned."""
+    return _topic(name, partitions, max_bytes, cleanup_policy="compact", segment_ms=str(COMPACTION_MS), **more)
+
+
+def _topic(name: str, partitions: int, max_bytes: int, **more: str) -> TopicSpec:
     config = {
-        "cleanup.policy": "delete",
-        "retention.ms": str(retention_ms),
+        **{name.replace("_", "."): value for name, value in more.items()},
         "retention.bytes": "-1",
         "max.message.bytes": str(max_bytes),
-        **{name.replace("_", "."): value for name, value in more.items()},
     }
     return TopicSpec(name, partitions, config)
-
-
-def _compacted(name: str, max_bytes: int) -> TopicSpec:
-    """Segments roll and are cleaned within minutes, so that a shredded key leaves the disk (design, section 8)."""
-    return TopicSpec(
-        name,
-        1,
-        {
-            "cleanup.policy": "compact",
-            "segment.ms": str(COMPACTION_MS),
-            "max.compaction.lag.ms": str(COMPACTION_MS),
-            "min.cleanable.dirty.ratio": "0.01",
-            "retention.bytes": "-1",
-            "max.message.bytes": str(max_bytes),
-        },
-    )
 
 
 def base_topics(topics: Topics, vendors: Sequence[Vendor], sizes: Sizes) -> list[TopicSpec]:
     """The topics that exist before any tenant does."""
     big = record_bytes(sizes.max_event_bytes)
-    specs = [_compacted(name, big) for name in (topics.control, topics.keys, topics.state)]
+    # cleaned within minutes too, so that a shredded key leaves the disk (design, section 8)
+    soon = {"max_compaction_lag_ms": str(COMPACTION_MS), "min_cleanable_dirty_ratio": "0.01"}
+    specs = [_compacted(name, 1, big, **soon) for name in (topics.control, topics.keys, topics.state)]
     for vendor in vendors:
         ingress_bytes = sizes.max_event_bytes + RECORD_SLACK_BYTES
         specs += [
@@ -157,12 +155,23 @@ def base_topics(topics: Topics, vendors: Sequence[Vendor], sizes: Sizes) -> list
     return specs
 
 
-def tenant_topics(topics: Topics, vendor: Vendor, tag: Tag, sizes: Sizes) -> list[TopicSpec]:
-    """The topics of one tag: those of one tenant (`topics: own`) or of one pool."""
+def tenant_topics(topics: Topics, vendor: Vendor, tag: Tag, sizes: Sizes, *, staged: bool) -> list[TopicSpec]:
+    """The topics of one tag: those of one tenant (`topics: own`) or of one pool.
+
+    `staged`: whether it has a destination of a stage kind. A stage never gets more partitions: its destinations would
+    move to others, away from their cursors.
+    """
     big = record_bytes(sizes.max_event_bytes)
     waiting_ms = sizes.longest_max_age_ms + 7 * DAY_MS
     append_time = {"message_timestamp_type": "LogAppendTime"}
-    return [
+    specs = [
         _delete(topics.retry(vendor, tag), len(sizes.retry_tiers_s), waiting_ms, big, **append_time),
         _delete(topics.dead_letters(vendor, tag), FEW, sizes.dlq_retention_ms, big),
     ]
+    if staged:
+        specs += [
+            _delete(topics.stage(vendor, tag), FEW, waiting_ms, big, **append_time),
+            # a reader reads all of it before it begins: it stays small
+            _compacted(topics.stage_cursor(vendor, tag), FEW, big, min_cleanable_dirty_ratio="0.1"),
+        ]
+    return specs

@@ -48,8 +48,23 @@ def unpack_sealed(value: bytes) -> Sealed | None:
     return Sealed(int.from_bytes(value[1:5], "big"), value[5:17], value[17:])
 
 
+class Manifest(Struct, frozen=True, gc=False):
+    """What stands for a batch of a stage kind while it waits: the range of its stage partition, not its events.
+
+    `count` and `digest` are of its deliveries, for whoever reads that range again; `turn` tells the manifests of one
+    batch apart: only one of them counts at a time.
+    """
+
+    partition: int
+    first: int
+    last: int
+    count: int
+    digest: str
+    turn: int
+
+
 class Parked(Struct, frozen=True, gc=False):
-    """What the headers of a retry or dead-letter record say of the delivery inside.
+    """What the headers of a retry or dead-letter record say of the delivery inside, or of the batch that it stands for.
 
     `version` is that of the record it was read from: a record that takes over its sealed value is written in it again.
     None: the value is sealed anew, and so of the version that this release writes.
@@ -71,6 +86,7 @@ class Parked(Struct, frozen=True, gc=False):
     first_failed_ms: int
     replay: str
     version: int | None = None
+    manifest: Manifest | None = None
 
 
 def clip(text: str, max_bytes: int = MAX_DETAIL_BYTES) -> bytes:
@@ -111,7 +127,31 @@ def _write_1(parked: Parked) -> Headers:
         headers.append(("hg-detail", clip(parked.detail)))
     if parked.replay:
         headers.append(("hg-replay", parked.replay.encode()))
+    batch = parked.manifest
+    if batch is not None:
+        headers += [
+            ("hg-batch", f"{batch.partition}/{batch.first}-{batch.last}".encode()),
+            ("hg-batch-count", b"%d" % batch.count),
+            ("hg-batch-hash", batch.digest.encode()),
+            ("hg-batch-turn", b"%d" % batch.turn),
+        ]
     return headers
+
+
+def _read_manifest(text: Mapping[str, str]) -> Manifest | None:
+    batch = text.get("hg-batch")
+    if batch is None:
+        return None
+    partition, _, span = batch.partition("/")
+    first, _, last = span.partition("-")
+    return Manifest(
+        _count(partition),
+        _count(first),
+        _count(last),
+        _count(text["hg-batch-count"]),
+        text["hg-batch-hash"],
+        _count(text["hg-batch-turn"]),
+    )
 
 
 def _read_1(text: Mapping[str, str]) -> Parked:
@@ -131,6 +171,7 @@ def _read_1(text: Mapping[str, str]) -> Parked:
         detail=text.get("hg-detail", ""),
         first_failed_ms=_count(text["hg-first-failed"]),
         replay=text.get("hg-replay", ""),
+        manifest=_read_manifest(text),
     )
 
 

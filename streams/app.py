@@ -50,6 +50,7 @@ from streams.pump import HEAP_BUDGET_BYTES, Pump
 from streams.retry import Retries
 from streams.schemas import SchemaRegistry
 from streams.settle import Settle
+from streams.stage import Stage
 from streams.transport import Hooks, SafeApp, TopicPartition, fetch_of, safe_app
 
 log = structlog.get_logger()
@@ -164,6 +165,7 @@ class Worker:
             try:
                 await self._pump.start()
                 self._pump_started = True
+                self._stage.start()
                 await self._app.start()
                 log.info("worker_started", worker=self._name, tenants=len(self._tenants))
             except (KafkaError, OSError) as fault:  # the broker went away between reading the registry and joining
@@ -262,6 +264,22 @@ class Worker:
             max_bytes=min(HEAP_BUDGET_BYTES, worker.memory_budget_bytes // 4),
             commit_interval_s=worker.commit_interval_s,
         )
+        self._stage = Stage(
+            kafka=settings.kafka.confluent(),
+            group=settings.topics.group("stage"),
+            pattern=settings.topics.stage_pattern(settings.vendors),
+            topics=settings.topics,
+            tenants=self._tenants,
+            lanes=lanes,
+            settle=self._settle,
+            outbox=self._outbox,
+            on_fatal=self._end,
+            worker=self._name,
+            instance_id=worker.id and f"{worker.id}-stage",
+            max_record_bytes=largest,
+            max_bytes=worker.memory_budget_bytes // 4,
+            commit_interval_s=worker.commit_interval_s,
+        )
         self._app = self._faust(largest)
         schema_registry = settings.schema_registry
         self._router = Router(
@@ -279,7 +297,7 @@ class Worker:
             upcasters=self._upcasters,
             schema_registry=None if schema_registry is None else SchemaRegistry(schema_registry),
         )
-        others = (self._pump, self._settle, self._outbox, self._router, retries)
+        others = (self._pump, self._settle, self._outbox, self._router, self._stage, retries)
         lanes.other_held_bytes = lambda: sum([part.held_bytes for part in others])
         self._wire_metrics()
         self._health = Health(
@@ -333,10 +351,12 @@ class Worker:
                 if away:
                     self._app.reader.pause_fetch("broker")
                     self._pump.pause("broker")
+                    self._stage.pause("broker")
                     self._lanes.stop_starting("broker")
                 else:
                     self._app.reader.resume_fetch("broker")
                     self._pump.resume("broker")
+                    self._stage.resume("broker")
                     self._lanes.go_on("broker")
             if time.monotonic() - kept_at > AVERAGES_EVERY_S:
                 kept_at = time.monotonic()
@@ -476,18 +496,21 @@ class Worker:
         self._lanes.drain()
         settled = True
         if self._app.started:
-            drained = await asyncio.gather(self._app.reader.drain(patience_s), self._pump.drain(patience_s))
+            drained = await asyncio.gather(
+                self._app.reader.drain(patience_s), self._pump.drain(patience_s), self._stage.drain(patience_s)
+            )
             settled = all(drained) and await self._outbox.flushed(1.0)
             if not settled:
                 log.warning(
                     "worker_unsettled",
                     events=self._app.reader.unsettled,
                     retries=self._pump.unsettled,
+                    batches=self._stage.unsettled,
                     in_flight=self._lanes.in_flight,
                     queued=self._lanes.queued,
                     unacknowledged=self._outbox.unacknowledged_bytes,
                 )
-            await self._pump.close()
+            await asyncio.gather(self._pump.close(), self._stage.close())
             await self._app.stop()
         await self._keep_averages()
         await self._reader.stop()

@@ -9,6 +9,8 @@ from schemas.delivery import Delivery
 from schemas.outcome import Outcome
 
 if TYPE_CHECKING:
+    from schemas.staged import Place
+    from streams.batch import StagedBatch
     from streams.lanes import Lane
 
 
@@ -31,7 +33,10 @@ class Flight(Struct, gc=False):
 
     `key` names (delivery, replay job) among what is in flight here; `ledger_key` names it in Redis. `ended_ms` is the
     wall clock at the end of the attempt, `next_ms` when another one follows (0: none). `end` says how it ended here
-    (delivered, again, dead, recovered, stale) and `code` why, where it did not deliver.
+    (delivered, again, dead, recovered, stale, staged) and `code` why, where it did not deliver.
+
+    `batch`: what flies is a batch of a stage kind; `delivery` then stands for all of it, under the batch's id, and
+    without an event. `place`: of a delivery on its way into the stage, where it was read.
     """
 
     delivery: Delivery
@@ -53,6 +58,8 @@ class Flight(Struct, gc=False):
     code: str = ""
     joined: list[tuple[Source, int]] | None = None
     shared: Shared | None = None
+    batch: "StagedBatch | None" = None
+    place: "Place | None" = None
 
 
 class Fan:

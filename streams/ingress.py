@@ -22,6 +22,7 @@ from schemas.avro.reader import MAGIC, schema_id
 from schemas.delivery import Delivery
 from schemas.event import Event, Problem, canonical, correlation_id, decode_event, rfc3339
 from schemas.ids import DeliveryId, Vendor, base32_many, default_event_id
+from schemas.staged import Place
 from schemas.upcast import Upcasters
 from schemas.wire import read_origin
 from streams.compiled import CompiledTenant, Tenants, Unknowns
@@ -33,7 +34,7 @@ from streams.metrics import Metrics, bump
 from streams.outbox import RawHeaders
 from streams.schemas import SchemaRegistry, Schemas
 from streams.settle import Settle
-from streams.transport import Consumer, Fetch, Record
+from streams.transport import Consumer, Fetch, Record, TopicPartition
 
 log = structlog.get_logger()
 
@@ -49,7 +50,8 @@ class Lot(Struct, gc=False):
     """The records of one fetch of one partition, on their way through a round.
 
     `place`, `position` and `origin` are what a record's default event id, its position in the dedupe and its `origin`
-    begin with; its offset ends them.
+    begin with; its offset ends them. `read_from` is where it was read, `read_at` its offset there where that is another
+    than its own (of a replayed record).
     """
 
     vendor: Vendor
@@ -60,6 +62,8 @@ class Lot(Struct, gc=False):
     position: str
     origin: str
     tenants: Mapping[bytes, CompiledTenant]  # of the vendor, by record key; kept up to date
+    read_from: TopicPartition
+    read_at: int = -1
 
 
 class _Routed(Struct, gc=False):
@@ -151,6 +155,7 @@ class Router:
             position=f"{topic_id8}-{partition}-",
             origin=f"{topic}/{partition}/",
             tenants=self._tenants.of_vendor(vendor),
+            read_from=TopicPartition(topic, partition),
         )
         self._inbox.setdefault((topic, partition), deque()).append(lot)
         self._waiting += len(records)
@@ -283,6 +288,7 @@ class Router:
             place=default_event_id(topic, topic_id8, partition, ""),
             position=f"{topic_id8}-{partition}-",
             origin=f"{topic}/{partition}/",
+            read_at=record.offset,
         )
         return alone, cast(Record, returned)
 
@@ -426,6 +432,8 @@ class Router:
             )
             if match.redaction is None:
                 flight.shared = shared
+            if flight.lane.staged:
+                flight.place = self._place(lot, offset)
             if answers and answers[place] == WAS_DONE:
                 self._lanes.hold(flight)
                 self._settle.recovered(flight)
@@ -434,6 +442,14 @@ class Router:
                 self._settle.stale(flight)
             else:
                 self._lanes.admit(flight, now)
+
+    def _place(self, lot: Lot, offset: int) -> Place | None:
+        read_from = lot.read_from
+        floor = self._consumer.committed(read_from)
+        if floor is None:
+            return None
+        name = f"{self._topic_ids[read_from.topic]}-{read_from.partition}"
+        return Place(name, offset if lot.read_at < 0 else lot.read_at, floor)
 
     def _event_record(
         self, item: _Routed, event: Event, names: Sequence[str], origin: str, correlation: str, now_text: str

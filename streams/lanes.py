@@ -1,4 +1,7 @@
-"""Lanes: where a delivery to a webhook waits, is started, and ends. One a destination, made when it is first needed.
+"""Lanes: where a delivery waits, is started, and ends. One a destination, made when it is first needed.
+
+Deliveries of stage kinds only pass through on their way into the stage; they come back as batches, and a batch waits,
+is started and ends as a delivery does.
 
 Owns the bounds of waiting (design, section 3, rules 1 and 5 to 8): the queue, the in-flight cap, the rate, the breaker,
 the fair share of the worker's IN_FLIGHT and of its memory. What has no room is parked, never waited for. Plain
@@ -11,22 +14,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 from msgspec import Struct
+from pydantic import ValidationError
 
 from config.registry import Destination, open_secrets
 from config.secret_fields import assemble
-from connectors.contract import Connector, Direct, Feed
+from connectors.contract import Batching, Connector, Direct, Feed, Spec
 from connectors.egress import Egress
 from connectors.registry import KINDS
 from routing.breaker import Breaker
 from routing.filters import compile_text
 from routing.pace import Pace
 from routing.share import SLOW_S, Seat, Share, SharedRate
+from schemas.control import DestinationRecord
 from schemas.ids import DestinationId
 from schemas.outcome import Outcome
+from schemas.staged import limits_header
 from streams.flight import Flight
 from streams.metrics import Meter, Metrics
 from streams.runner import NOT_CONNECTED, connected, start_direct
@@ -50,6 +56,7 @@ LEAST_QUEUED: Final = 300
 PACE_WEIGHT: Final = 0.1  # of the last tick, in the moving average of ended attempts a second
 ENOUGH_QUEUED_SHARE: Final = 0.25  # the same in bytes, as a part of the memory budget
 RELIEF_SHARE: Final = 0.75  # of the budget: what stays here beyond it parks before the fetch has to wait
+UNREAD_BATCHING: Final = Batching(max_events=1000, max_bytes=2**20, linger_s=60.0, max_in_flight=1, timeout_s=25.0)
 CLOSING_STATUSES: Final = frozenset({429, 503})
 
 
@@ -71,6 +78,8 @@ class Lane:
         "destination",
         "disabled",
         "id",
+        "in_flight",
+        "limits",
         "meter",
         "owner",
         "pace",
@@ -82,6 +91,7 @@ class Lane:
         "removed",
         "seat",
         "secrets_until_ms",
+        "staged",
     )
 
     def __init__(self, owner: "CompiledTenant", destination: Destination, meter: Meter) -> None:
@@ -99,13 +109,16 @@ class Lane:
         self.pace = Pace()
         self.closed_until = 0.0
         self.breaker = Breaker()
-        self.connector: Direct | None = None
+        self.connector: Connector | None = None
         self.secrets_until_ms = 0
+        self.staged = False  # its deliveries go into the stage, and come here as batches
+        self.limits = b""  # of its batches, as its records in the stage carry them
+        self.in_flight = 0
         self.removed = False
         self.rate: SharedRate | None = None
         self.configure(owner, destination)
 
-    def configure(self, owner: "CompiledTenant", destination: Destination) -> Direct | None:
+    def configure(self, owner: "CompiledTenant", destination: Destination) -> Connector | None:
         """Takes on a new configuration; returns the connector that it replaces, for the caller to close."""
         old = self.connector if self.connector is not None and destination.record != self.record else None
         if old is not None:
@@ -120,10 +133,27 @@ class Lane:
             self.closed_until = 0.0
         self.record = destination.record
         self.disabled = destination.disabled
+        self.in_flight = self.record.limits.in_flight
+        spec = KINDS.get(self.record.type)
+        self.staged = spec is not None and spec.feed is Feed.STAGE
+        if self.staged:
+            assert spec is not None
+            batching = _batching(spec, self.record)
+            self.limits = limits_header(int(batching.linger_s * 1000), batching.max_events, batching.max_bytes)
+            self.in_flight = min(self.in_flight, batching.max_in_flight)
         rate = self.record.limits.rate_per_s
         if self.rate is None or self.rate.per_s != rate:
             self.rate = SharedRate(rate) if rate else None
         return old
+
+
+def _batching(spec: Spec[Any, Any], record: DestinationRecord) -> Batching:
+    """How large its batches get. Options that this release does not read are another's: it delivers them."""
+    assert spec.batching is not None
+    try:
+        return spec.batching(spec.options.model_validate(json.loads(bytes(record.options))))
+    except ValidationError:
+        return UNREAD_BATCHING
 
 
 class Lanes:
@@ -210,6 +240,9 @@ class Lanes:
             return
         self.hold(flight)
         lane = flight.lane
+        if lane.staged and flight.batch is None and not lane.removed and not lane.disabled:
+            self._settle.stage(flight)
+            return
         if lane.removed or lane.disabled or lane.record.held or self._draining:
             self._turn_away(flight)
             return
@@ -248,6 +281,8 @@ class Lanes:
         if flying.joined is None:
             flying.joined = []
         flying.joined.append((copy.source, copy.offset))
+        if copy.batch is not None:
+            copy.batch.flying = flying
         known, newer = flying.delivery, copy.delivery
         if newer.hop > known.hop:
             known.hop, known.attempt, known.parks = newer.hop, newer.attempt, newer.parks
@@ -366,7 +401,7 @@ class Lanes:
         while ring and share.has_room():
             lane = ring.popleft()
             queue, seat = lane.queue, lane.seat
-            in_flight = lane.record.limits.in_flight
+            in_flight = lane.in_flight
             if not queue or seat.in_flight >= in_flight:
                 lane.ready = False
                 if queue:
@@ -406,7 +441,7 @@ class Lanes:
         if lane in self._lingering:
             del self._lingering[lane]
             if lane.connector is not None:
-                lane.connector.hurry()
+                cast(Direct, lane.connector).hurry()
 
     def _start(self, lane: Lane, flight: Flight, now: float, at_ms: int) -> None:
         size = flight.delivery.size
@@ -417,19 +452,19 @@ class Lanes:
         self._young[id(flight)] = flight
         if lane.connector is None or (lane.secrets_until_ms and at_ms >= lane.secrets_until_ms):
             self._close(lane.connector)
-            made = connected(flight.delivery, partial(self._connect, lane, at_ms))
-            lane.connector = cast(Direct | None, made)  # every kind that is fed by lanes is one
+            lane.connector = connected(flight.delivery, partial(self._connect, lane, at_ms))
         done = partial(self._ended, flight)
         if lane.connector is None:
             self._loop.call_soon(done, NOT_CONNECTED)
+        elif flight.batch is not None:
+            flight.batch.start(lane.connector, flight, at_ms, done)
         else:
-            start_direct(lane.connector, flight.delivery, at_ms, done)
+            start_direct(cast(Direct, lane.connector), flight.delivery, at_ms, done)
             if lane.connector.batching.linger_s:
                 self._lingering[lane] = None
 
     def _connect(self, lane: Lane, at_ms: int) -> Connector:
         spec = KINDS[lane.record.type]
-        assert spec.feed is Feed.LANE
         opened = open_secrets(lane.owner.tenant, lane.destination, at_ms)
         ends = [s.until_ms for live in lane.record.secrets.values() for s in live if s.until_ms > at_ms]
         lane.secrets_until_ms = min(ends, default=0)
@@ -542,7 +577,7 @@ class Lanes:
             self._park_for_room(self._take_head(lane), now)
         seat, pace = lane.seat, lane.pace
         was_behind = pace.behind
-        at_its_limits = seat.slow > 0 or seat.in_flight >= lane.record.limits.in_flight or lane.rate is not None
+        at_its_limits = seat.slow > 0 or seat.in_flight >= lane.in_flight or lane.rate is not None
         waited_s = now - queue[0].queued_at if queue else 0.0
         pace.look(now, last_tick, len(queue), waited_s, at_its_limits=at_its_limits, pressed=pressed)
         lane.bound = pace.bound(QUEUE_BOUND)

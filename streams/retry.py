@@ -20,7 +20,7 @@ from schemas.delivery import Delivery
 from schemas.event import correlation_id, from_canonical
 from schemas.ids import TenantRef, Vendor
 from schemas.topics import Topics
-from schemas.wire import parked_headers, read_parked, unread_of
+from schemas.wire import Manifest, Parked, parked_headers, read_parked, unread_of
 from streams.compiled import Tenants, Unknowns
 from streams.flight import Flight
 from streams.lanes import Lanes
@@ -113,6 +113,9 @@ class Retries:
         if parked is None or value is None:
             self._not_ours(due)
             return None
+        if parked.manifest is not None:
+            self._back_to_stage(due, parked, parked.manifest, asked=asked)
+            return None
         tenant = self._tenants.get(parked.tenant)
         lane = tenant.lane(parked.destination) if tenant is not None else None
         if (tenant is None or lane is None) and not asked:
@@ -157,6 +160,21 @@ class Retries:
         key = delivery.id + delivery.replay
         lane = lane or tenant.grave(parked.destination)
         return Flight(delivery, lane, due.source, due.offset, key, tenant.space + key, len(value))
+
+    def _back_to_stage(self, due: Due, parked: Parked, manifest: Manifest, *, asked: bool) -> None:
+        """A batch is delivered by who owns its partition of the stage, and by nobody else: there its manifest goes."""
+        record = due.record
+        tenant = self._tenants.get(parked.tenant)
+        if tenant is None and not asked:
+            self._unknown.add(due, due.size)
+        elif tenant is None:
+            self._unrouted(due, "unknown_tenant", "no such tenant")
+        elif record.topic != self._topics.retry(tenant.ref.vendor, tenant.tag):
+            self._unrouted(due, "wrong_topic", "a record of this tenant does not belong to this topic")
+        else:
+            stage = self._topics.stage(tenant.ref.vendor, tenant.tag)
+            letter = Letter(stage, record.key, record.value, record.headers, nothing, manifest.partition)
+            self._settle.relay(letter, due.source, due.offset, partial(self._is_alive, parked.tenant))
 
     def _not_ours(self, due: Due) -> None:
         """What cannot be read. Of another release: written again as it is, for a worker that reads it (ADR 0016).

@@ -10,8 +10,9 @@ from typing import Final
 
 import structlog
 
-from connectors.contract import Batch, Connector, Direct, place_of
+from connectors.contract import Batch, Connector, Direct, NotOwned, place_of
 from schemas.delivery import Delivery
+from schemas.ids import DeliveryId
 from schemas.outcome import Outcome, retry
 
 log = structlog.get_logger()
@@ -51,7 +52,7 @@ def start_direct(connector: Direct, delivery: Delivery, at_ms: int, done: Done) 
         asyncio.get_running_loop().call_soon(done, _bug(delivery, fault))
 
 
-async def deliver(connector: Connector, batch: Batch) -> dict[str, Outcome]:
+async def deliver(connector: Connector, batch: Batch) -> dict[DeliveryId, Outcome]:
     """Exactly one outcome for each delivery of the batch, whatever the connector does."""
     try:
         async with asyncio.timeout(connector.batching.timeout_s):
@@ -59,7 +60,10 @@ async def deliver(connector: Connector, batch: Batch) -> dict[str, Outcome]:
     except TimeoutError:
         late = retry("destination", "timeout", f"no answer within {connector.batching.timeout_s:g} s")
         return {delivery.id: late for delivery in batch.deliveries}
+    except NotOwned:
+        return {delivery.id: NOT_CONNECTED for delivery in batch.deliveries}
     except Exception as fault:
-        return {delivery.id: _bug(delivery, fault) for delivery in batch.deliveries}
+        bug = _bug(batch.deliveries[0], fault)
+        return {delivery.id: bug for delivery in batch.deliveries}
     missing = retry("platform", "connector_error", "the connector named no outcome")
     return {delivery.id: outcomes.get(delivery.id, missing) for delivery in batch.deliveries}

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Final
 
 import structlog
+from msgspec.structs import replace
 
 from config.vault import Unsealable
 from routing.policy import Again, Dead, Finished, next_step, park_until, tier_for
@@ -34,11 +35,15 @@ from schemas.attempt import (
     encode_record,
 )
 from schemas.control import ControlKey, DisabledRecord, encode_control
+from schemas.delivery import Delivery
 from schemas.event import canonical, rfc3339
-from schemas.ids import EventId, Vendor, attempt_digest, base32_many
+from schemas.ids import DeliveryId, EventId, Vendor, attempt_digest, base32, base32_many
+from schemas.staged import staged_headers
 from schemas.topics import Topics, delivery_key
 from schemas.wire import Parked, parked_headers, unrouted_headers
-from streams.flight import Flight, Source
+from streams.batch import Dead as Buried
+from streams.batch import StagedBatch
+from streams.flight import Fan, Flight, Source
 from streams.ledger import DONE, Ledger
 from streams.metrics import Histogram, Metrics, bump
 from streams.outbox import Letter, Outbox, RawHeaders
@@ -46,6 +51,9 @@ from streams.outbox import Letter, Outbox, RawHeaders
 log = structlog.get_logger()
 
 GATHER_S: Final = 0.01
+# Ends of which the ledger is told, so that a copy is stale. Of what comes by ingress the stage drops copies itself.
+MOVED: Final = ("again", "dead", "staged")
+BATCH_RECORD_DELIVERIES: Final = 20_000  # that one record lists: some 640 KB of 1 MiB
 RECOVERED: Final = ("delivered", "recovered")
 MISSING_TOPIC_WAIT_S: Final = 5.0
 SAY_AGAIN_S: Final = 1.0
@@ -93,7 +101,8 @@ class Settle:
         self._idle = asyncio.Event()
         self._idle.set()
         self._open_letters = 0
-        self._to_seal: deque[tuple[Flight, str, Parked, int]] = deque()
+        self._to_seal: deque[tuple[Flight, str, Parked | None, int]] = deque()
+        self._burials: set[asyncio.Task[None]] = set()
         self._gathered_bytes = 0
         self._said_missing_at = float("-inf")
         self.missing_bytes = 0  # of records as they came whose topic is not there
@@ -110,6 +119,8 @@ class Settle:
         """An attempt ended: `flight.outcome`, `duration_s` and `ended_ms` are set."""
         outcome = flight.outcome
         assert outcome is not None
+        if flight.batch is not None and self._batch_ended(flight, flight.batch):
+            return
         if outcome.verdict == "delivered":
             flight.end = "delivered"
             self._flights.append(flight)
@@ -137,6 +148,26 @@ class Settle:
                 self._to_dead_letters(flight, made, code, outcome.fault, detail or outcome.detail)
         if outcome.code == "gone" and flight.version == flight.lane.record.version:
             self._disable(flight)
+
+    def _batch_ended(self, flight: Flight, batch: StagedBatch) -> bool:
+        """Whether that is all that is to be done: of a batch that was delivered, but for what was refused of it."""
+        outcome = flight.outcome
+        assert outcome is not None
+        if outcome.verdict != "delivered":
+            return False
+        flight.end = "delivered"
+        if batch.refused:
+            self._bury(flight, batch, flight.delivery.attempt + 1, Buried("", "", ""))
+        else:
+            self._flights.append(flight)
+            self._arm()
+        return True
+
+    def stage(self, flight: Flight) -> None:
+        """Into the stage topic, for a kind that is delivered in batches: from there it goes on."""
+        flight.end = "staged"
+        compiled = flight.lane.owner
+        self._replace(flight, self._topics.stage(compiled.ref.vendor, compiled.tag), None, -1)
 
     def recovered(self, flight: Flight) -> None:
         """The ledger knows the delivery as done: its attempt record is written again, and the source acknowledged."""
@@ -223,7 +254,8 @@ class Settle:
 
     # ---------------------------------------------------------------- what replaces a delivery
 
-    def _replace(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
+    def _replace(self, flight: Flight, topic: str, parked: Parked | None, partition: int) -> None:
+        """Not `parked`: it is staged."""
         self._open_letters += 1
         self._idle.clear()
         self.leaving_bytes += flight.weight
@@ -232,11 +264,13 @@ class Settle:
         else:
             self._seal(flight, topic, parked, partition)
 
-    def _seal(self, flight: Flight, topic: str, parked: Parked, partition: int) -> None:
+    def _seal(self, flight: Flight, topic: str, parked: Parked | None, partition: int) -> None:
         delivery = flight.delivery
         vault = flight.lane.owner.newest().vault  # a lane whose destination is gone hears of no change
+        batch = flight.batch
+        plain = canonical(delivery.event) if batch is None else batch.digest.encode()
         try:
-            value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, canonical(delivery.event))
+            value = vault.seal(PURPOSE_DELIVERY, delivery.destination, delivery.id, plain)
         except Unsealable as fault:
             if fault.code == "shredded":  # a marker says so: nothing of the tenant may be kept
                 bump(flight.lane.meter.dropped, "shredded")
@@ -246,8 +280,14 @@ class Settle:
                 log.error("tenant_key_missing", vendor=delivery.tenant.vendor, topic=topic)
                 self._loop.call_later(MISSING_TOPIC_WAIT_S, self._seal, flight, topic, parked, partition)
             return
+        if parked is None:
+            headers = staged_headers(delivery, flight.lane.limits, flight.place)
+        else:
+            headers = parked_headers(parked)
+        if batch is not None:
+            batch.parked()
         key = delivery_key(delivery.tenant, delivery.destination)
-        letter = Letter(topic, key, value, parked_headers(parked), nothing, partition)
+        letter = Letter(topic, key, value, headers, nothing, partition)
         letter.done = partial(self._replaced, flight)
         self._outbox.write(letter)
 
@@ -304,6 +344,7 @@ class Settle:
             detail=detail,
             first_failed_ms=delivery.first_failed_ms,
             replay=delivery.replay,
+            manifest=None if flight.batch is None else flight.batch.manifest(),
         )
 
     def _to_retry(
@@ -322,9 +363,54 @@ class Settle:
         delivery = flight.delivery
         if delivery.first_failed_ms == 0:
             delivery.first_failed_ms = int(time.time() * 1000)
+        if flight.batch is not None:
+            self._bury(flight, flight.batch, attempt, Buried(code, fault, detail))
+            return
         compiled = flight.lane.owner
         parked = self._parked(flight, attempt, delivery.parks, 0, code, fault, detail)
         self._replace(flight, self._topics.dead_letters(compiled.ref.vendor, compiled.tag), parked, -1)
+
+    def _bury(self, flight: Flight, batch: StagedBatch, attempt: int, dead: Buried) -> None:
+        """Dead letters of a batch's deliveries, one each; it is settled once all of them are acknowledged."""
+        self._open_letters += 1
+        self._idle.clear()
+        self.leaving_bytes += flight.weight
+        task = self._loop.create_task(self._bury_each(flight, batch, attempt, dead))
+        self._burials.add(task)
+        task.add_done_callback(self._burial_ended)
+
+    def _burial_ended(self, task: "asyncio.Task[None]") -> None:
+        self._burials.discard(task)
+        if not task.cancelled():
+            task.result()  # a bug ends the worker, as in `_finished`
+
+    async def _bury_each(self, flight: Flight, batch: StagedBatch, attempt: int, dead: Buried) -> None:
+        owner = flight.lane.owner.newest()
+        vendor = owner.ref.vendor
+        opened = await batch.open(owner)
+        buried = batch.buried(flight, opened, attempt, dead)
+        key = delivery_key(flight.delivery.tenant, flight.delivery.destination)
+        topic = self._topics.dead_letters(vendor, owner.tag)
+        letters = [Letter(topic, key, value, parked_headers(parked), nothing) for parked, value in buried]
+        stage = self._topics.stage(vendor, owner.tag)
+        for record in opened.unsealable:
+            headers = unrouted_headers(
+                list(record.headers.items()),
+                vendor=vendor,
+                origin=f"{stage}/{batch.span.partition}/{record.offset}",
+                reason="unsealable",
+                detail="does not open for this tenant, destination and delivery",
+            )
+            letters.append(Letter(self._topics.unrouted(vendor), key, record.value, headers, nothing))
+        if not letters:
+            self._written(flight)
+            return
+        each = Fan(lambda _: self._written(flight))
+        each.expect(0, len(letters))
+        for letter in letters:
+            while self._outbox.unacknowledged_letter_bytes > SEALED_AHEAD_BYTES:  # noqa: ASYNC110  # polled as all of it
+                await asyncio.sleep(GATHER_S)
+            self.relay(letter, each, 0, lambda: owner.newest().state == "active")
 
     def _disable(self, flight: Flight) -> None:
         """A 410: a record in `headgate.state`, which every worker's registry reads."""
@@ -404,7 +490,7 @@ class Settle:
                 self._tell()
             assert self._telling is not None
             await asyncio.wait({self._telling})
-        moved = [flight for flight in flights if flight.end in ("again", "dead")]
+        moved = [flight for flight in flights if flight.end in MOVED and flight.batch is None]
         if moved:
             hops = [str(flight.delivery.hop) for flight in moved]
             await self._ledger.tell([flight.ledger_key for flight in moved], hops)
@@ -412,12 +498,7 @@ class Settle:
 
     def _attempt_records(self, flights: list[Flight], batches: dict[Vendor, tuple[list[str], list[bytes]]]) -> None:
         tried = [flight for flight in flights if flight.outcome is not None or flight.end == "recovered"]
-        names = base32_many(
-            [
-                attempt_digest(flight.delivery.id, flight.delivery.attempt + 1, flight.delivery.replay)
-                for flight in tried
-            ]
-        )
+        names = base32_many([_attempt_digest(flight.delivery) for flight in tried])
         texts: dict[int, str] = {}  # most of a batch shares a few milliseconds
         for flight, name in zip(tried, names, strict=True):
             delivery = flight.delivery
@@ -462,8 +543,9 @@ class Settle:
             batch = batches.get(vendor)
             if batch is None:
                 batch = batches[vendor] = ([], [])
-            batch[0].append(tenant)
-            batch[1].append(encode_record(record))
+            for one in [record] if flight.batch is None else _of_batch(record, flight, flight.batch):
+                batch[0].append(tenant)
+                batch[1].append(encode_record(one))
 
     def _acknowledge(self, flights: list[Flight], records: list[tuple[Vendor, str, bytes, Source | None, int]]) -> None:
         now_ms = time.time() * 1000
@@ -483,6 +565,9 @@ class Settle:
 
     def _count(self, flight: Flight, now_ms: float) -> None:
         """Once a delivery, after the broker has confirmed: a batch that is written again counts once."""
+        if flight.batch is not None:
+            self._count_batch(flight, flight.batch, now_ms)
+            return
         meter = flight.lane.meter
         outcome = flight.outcome
         if outcome is not None:
@@ -516,3 +601,68 @@ class Settle:
             histogram = meter.delivery_s[name] = Histogram()
         histogram.observe(seconds)
         owner.average(event_type).observe(seconds)
+
+    def _count_batch(self, flight: Flight, batch: StagedBatch, now_ms: float) -> None:
+        meter = flight.lane.meter
+        outcome = flight.outcome
+        if outcome is not None:
+            attempt = (outcome.verdict, outcome.fault, outcome.code)
+            meter.attempts[attempt] = meter.attempts.get(attempt, 0) + 1
+            meter.attempt_s.observe(flight.duration_s)
+        opened = batch.opened
+        if flight.end not in ("delivered", "dead") or opened is None:
+            return
+        owner = flight.lane.owner
+        for delivery in opened.deliveries:
+            refused = batch.refused.get(delivery.id)
+            if refused is not None or flight.end == "dead":
+                code = flight.code if refused is None else refused.code
+                end = ("dead", code)
+                bump(meter.dead, code)
+            else:
+                end = ("delivered", "ok" if outcome is None else outcome.code)
+            meter.ends[end] = meter.ends.get(end, 0) + 1
+            seconds = (now_ms - delivery.appended_ms) / 1000
+            event_type = owner.type_label(delivery.event.eventType)
+            name = event_type if self._metrics.type_label else ""
+            histogram = meter.delivery_s.get(name)
+            if histogram is None:
+                histogram = meter.delivery_s[name] = Histogram()
+            histogram.observe(seconds)
+            owner.average(event_type).observe(seconds)
+        batch.opened = None
+
+
+def _attempt_digest(delivery: Delivery, part: int = 0) -> bytes:
+    ident = f"{delivery.id}+{part}" if part else delivery.id
+    return attempt_digest(DeliveryId(ident), delivery.attempt + 1, delivery.replay)
+
+
+def _of_batch(record: AttemptRecord, flight: Flight, batch: StagedBatch) -> list[AttemptRecord]:
+    """One record that lists the deliveries of a batch (more where they are many), and one of each that was refused."""
+    records: list[AttemptRecord] = []
+    ids = [ident for ident in batch.ids if ident not in batch.refused]
+    for part, first in enumerate(range(0, len(ids), BATCH_RECORD_DELIVERIES)):
+        ident = record.id if not part else "att_" + base32(_attempt_digest(flight.delivery, part))
+        records.append(replace(record, id=ident, deliveries=ids[first : first + BATCH_RECORD_DELIVERIES]))
+    for delivery in batch.opened.deliveries if batch.opened is not None and batch.refused else ():
+        refused = batch.refused.get(delivery.id)
+        if refused is not None:
+            attempt = replace(flight.delivery, id=delivery.id)
+            records.append(
+                replace(
+                    record,
+                    id="att_" + base32(_attempt_digest(attempt)),
+                    eventId=delivery.event.eventId,
+                    eventType=delivery.event.eventType,
+                    delivery=delivery.id,
+                    origin=delivery.origin,
+                    verdict=refused.verdict,
+                    fault=refused.fault,
+                    code=refused.code,
+                    status=refused.status,
+                    correlationId=delivery.correlation,
+                    sealed=None,
+                )
+            )
+    return records

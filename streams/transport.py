@@ -526,6 +526,7 @@ class Consumer(driver.Consumer):
         self._carries: dict[TopicPartition, Carry] = {}
         self._valid_from: dict[TopicPartition, int] = {}  # generations before it read another log of that name
         self._committed: dict[TopicPartition, int] = {}
+        self._restarted: set[TopicPartition] = set()
         self._read_at_ms: dict[TopicPartition, int] = {}  # what is not read yet was appended later than this
         self._buffers: dict[int, _Buffer] = {}
         self._drawing: asyncio.Future[_Drawn] | None = None
@@ -638,6 +639,11 @@ class Consumer(driver.Consumer):
                 return False
             self._committed.update({at: offset for at, offset in due.items() if at in self._trackers})
             return True
+
+    def committed(self, at: TopicPartition) -> int | None:
+        """What was committed of a partition in this assignment: nothing below is ever read again. 0 before that; None
+        once another log of that name has taken its place, so that its offsets say nothing."""
+        return None if at in self._restarted else self._committed.get(at, 0)
 
     def _due(self) -> dict[TopicPartition, int]:
         return {
@@ -801,6 +807,7 @@ class Consumer(driver.Consumer):
             self._generation += 1
             self._valid_from[at] = self._generation
             self._committed.pop(at, None)
+            self._restarted.add(at)
             self._carries.pop(at, None)
             tracker = None
         if tracker is None:

@@ -14,7 +14,7 @@ from config.settings import SettingsError
 from config.vault import MasterKeys
 from connectors.registry import KINDS
 from schemas.control import ControlKey, DisabledRecord, ShreddedMarker, decode_control, encode_control
-from schemas.ids import DEFAULT_VENDOR, ExternalId, TenantRef, Vendor
+from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef, Vendor
 from schemas.topics import Topics
 
 MASTER = MasterKeys({"k1": os.urandom(32)})
@@ -324,3 +324,14 @@ def test_what_must_wait_longest_is_known_to_who_makes_topics(log: Log) -> None:
     text = BASE.replace('hidden"}', 'hidden"}\n        retry: {schedule: [0s], max_age: 200h}')
     assert log.apply(text).longest_max_age_s == 200 * 3600
     assert log.apply(OTHER).longest_max_age_s == 200 * 3600
+
+
+def test_which_kinds_a_tag_has_to_do_with_is_known_to_who_makes_topics(log: Log) -> None:
+    pooled = BASE.replace("    name: Acme\n", "    name: Acme\n    topics: pooled\n")
+    assert pooled != BASE
+    kafka = "      - {id: k, type: kafka, options: {bootstrap: 'k.example:9093', topic: t}}\n"
+    other = pooled.replace("externalId: acme", "externalId: other").replace("    routes:\n", f"{kafka}    routes:\n")
+    assert log.apply(pooled, creation=Creation("pooled", 1)).tags == {Tag("pool-00"): {"webhook"}}
+    assert log.apply(other, creation=Creation("pooled", 1)).tags == {Tag("pool-00"): {"webhook", "kafka"}}
+    # also of who is not in the file
+    assert log.apply(pooled, creation=Creation("pooled", 1)).tags == {Tag("pool-00"): {"webhook", "kafka"}}
