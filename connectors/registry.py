@@ -5,10 +5,10 @@ from typing import Any, Final
 
 from connectors.contract import Feed, Spec
 from connectors.kafka.connector import SPEC as KAFKA
+from connectors.s3.connector import SPEC as S3
 from connectors.webhook.connector import SPEC as WEBHOOK
 
-KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA)}
-LATER: Final = frozenset({"s3", "bigquery"})
+KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, S3)}
 
 
 class UnknownKind(ValueError):
@@ -21,8 +21,6 @@ def spec_of(kind: str) -> Spec[Any, Any]:
     if spec is not None:
         return spec
     known = ", ".join(sorted(KINDS))
-    if kind in LATER:
-        raise UnknownKind(f"type {kind} arrives with a later release; this one has: {known}")
     raise UnknownKind(f"unknown type {kind!r}; known: {known}")
 
 

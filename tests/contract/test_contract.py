@@ -9,7 +9,7 @@ import pytest
 from msgspec import Raw
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from connectors.contract import Batch, Connector, Direct, Feed, Spec
+from connectors.contract import Batch, Connector, Direct, Feed, Span, Spec
 from connectors.egress import Egress
 from connectors.registry import KINDS
 from schemas.delivery import Delivery
@@ -87,7 +87,10 @@ def delivery(number: int, payload: bytes = b'{"total":12}') -> Delivery:
 
 
 def batch(*deliveries: Delivery) -> Batch:
-    return Batch(ACME, HOOK, int(time.time() * 1000), None, deliveries)
+    """The same deliveries are the same batch: of a stage kind, the same range of the stage."""
+    offsets = [int(one.origin.rpartition("/")[2]) for one in deliveries]
+    span = Span("cluster/topic", 0, min(offsets), max(offsets))
+    return Batch(ACME, HOOK, int(time.time() * 1000), span, deliveries)
 
 
 async def deliver(connector: Connector, *deliveries: Delivery) -> Mapping[DeliveryId, Outcome]:
@@ -254,7 +257,8 @@ def test_the_example_is_valid_and_what_is_generated_too(spec: Spec[Any, Any]) ->
     spec.options.model_validate(spec.example["options"])
     made = spec.generate()
     assert made != spec.generate() or not made
-    secrets = spec.secrets.model_validate(made)
+    given = {name: field.examples[0] for name, field in spec.secrets.model_fields.items() if field.is_required()}
+    secrets = spec.secrets.model_validate({**given, **made})
     assert set(made) <= set(spec.secrets.model_fields)
     assert all(isinstance(getattr(secrets, name), SecretStr | tuple) for name in made)
 
