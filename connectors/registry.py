@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from connectors.bigquery.connector import SPEC as BIGQUERY
 from connectors.contract import Feed, Spec
 from connectors.kafka.connector import SPEC as KAFKA
 from connectors.webhook.connector import SPEC as WEBHOOK
 
-KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA)}
-LATER: Final = frozenset({"s3", "bigquery"})
+KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, BIGQUERY)}
+LATER: Final = frozenset({"s3"})
 
 
 class UnknownKind(ValueError):

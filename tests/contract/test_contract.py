@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
+from itertools import count
 from typing import Any, cast
 
 import pytest
 from msgspec import Raw
 from pydantic import BaseModel, SecretStr, ValidationError
 
-from connectors.contract import Batch, Connector, Direct, Feed, Spec
+from connectors.contract import Batch, Connector, Direct, Feed, Span, Spec
 from connectors.egress import Egress
 from connectors.registry import KINDS
 from schemas.delivery import Delivery
@@ -20,6 +21,8 @@ from tests.contract.far_side import CANARY, FarSide, Mode, far_side
 
 ACME = TenantRef(Vendor("default"), ExternalId("acme"))
 HOOK = DestinationId("hook")
+
+_offsets = count(step=100)
 
 EXPECTED: dict[Mode, tuple[Verdict, set[Fault]]] = {
     Mode.UP: ("delivered", {""}),
@@ -49,7 +52,7 @@ async def far(spec: Spec[Any, Any]) -> AsyncIterator[FarSide]:
 
 @pytest.fixture
 async def egress(far: FarSide) -> AsyncIterator[Egress]:
-    made = Egress(far.allow)
+    made = Egress(far.allow, bigquery=getattr(far, "bigquery", None))
     yield made
     made.close()
 
@@ -87,7 +90,8 @@ def delivery(number: int, payload: bytes = b'{"total":12}') -> Delivery:
 
 
 def batch(*deliveries: Delivery) -> Batch:
-    return Batch(ACME, HOOK, int(time.time() * 1000), None, deliveries)
+    first = next(_offsets)
+    return Batch(ACME, HOOK, int(time.time() * 1000), Span("cluster/topic", 0, first, first + 99), deliveries)
 
 
 async def deliver(connector: Connector, *deliveries: Delivery) -> Mapping[DeliveryId, Outcome]:
