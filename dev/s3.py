@@ -1,5 +1,5 @@
-"""The embedded S3: moto's server as a process, with STS beside it. It keeps objects in memory, believes every access key
-and keeps conditional writes: enough to see what arrives, not to see what is refused.
+"""The embedded S3: moto's server as a process, with STS beside it. It keeps objects in memory, believes every access
+key and keeps conditional writes: enough to see what arrives, not to see what is refused.
 
 Owns how it is started and asked; `stack.py` owns its folder, its port and its life.
 """

@@ -246,11 +246,12 @@ class _Sts:
 
 
 async def test_a_session_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 0.0
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now_s, raising=False)
+    clock = [0.0]
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock[0], raising=False)
     sts = _Sts()
     role = Role(sts, Credentials("a", "b"), ROLE, "", "headgate")  # type: ignore[arg-type]
     for now_s, session in ((1.0, 1), (SESSION_S - RENEW_S, 1), (SESSION_S - RENEW_S + 2, 2), (SESSION_S + 1, 2)):
+        clock[0] = now_s
         assert (await role.current()).token == f"SessionToken{session}"
 
 
