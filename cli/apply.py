@@ -24,7 +24,7 @@ from config.settings import Settings
 from config.vault import MasterKeys
 from config.writer import Writer, read_current
 from connectors.egress import Egress
-from connectors.registry import KINDS, LATER, STAGED
+from connectors.registry import KINDS, LATER, any_staged
 from routing.filters import Filter, FilterError, compile_filter, compile_text
 from routing.match import PatternError, parse_pattern
 from routing.redact import PathError, parse_path
@@ -100,7 +100,7 @@ def provision_topics(settings: Settings, plan: Plan, say: Callable[[str], None] 
     sizes = msgspec.structs.replace(settings.sizes, longest_max_age_ms=longest_ms)
     specs: list[TopicSpec] = list(base_topics(topics, settings.vendors, sizes))
     for tag, kinds in plan.tags.items():
-        specs += tenant_topics(topics, plan.vendor, tag, sizes, staged=not STAGED.isdisjoint(kinds))
+        specs += tenant_topics(topics, plan.vendor, tag, sizes, staged=any_staged(kinds))
     provision(
         settings.kafka.confluent(),
         specs,

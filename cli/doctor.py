@@ -57,7 +57,7 @@ from config.rights import lacking
 from config.settings import SchemaRegistrySettings, Settings, SettingsError, show_bytes, show_duration
 from config.upcasters import installed_upcasters
 from config.vault import MasterKeys, Unsealable
-from connectors.registry import STAGED
+from connectors.registry import any_staged
 from schemas.ids import Tag, TenantRef, Vendor
 from schemas.topics import DAY_MS, TopicSpec, base_topics, tenant_topics
 from streams.schemas import NoAnswer, SchemaRegistry
@@ -307,7 +307,7 @@ class _Tenants:
             if (one.record.state == "active") == active:
                 kinds = {destination.type for destination in one.destinations.values()}
                 tag = Tag(one.record.tag)
-                found[tag] = found.get(tag, False) or not STAGED.isdisjoint(kinds)
+                found[tag] = found.get(tag, False) or any_staged(kinds)
         return dict(sorted(found.items()))
 
     def longest_max_age_s(self, default_s: float) -> float:

@@ -1,6 +1,6 @@
 """The kinds of destination there are. A new kind is one line here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from connectors.contract import Feed, Spec
@@ -9,8 +9,6 @@ from connectors.s3.connector import SPEC as S3
 from connectors.webhook.connector import SPEC as WEBHOOK
 
 KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, S3)}
-STAGED: Final = frozenset(kind for kind, spec in KINDS.items() if spec.feed is Feed.STAGE)
-LATER: Final = frozenset({"bigquery"})
 
 
 class UnknownKind(ValueError):
@@ -23,6 +21,9 @@ def spec_of(kind: str) -> Spec[Any, Any]:
     if spec is not None:
         return spec
     known = ", ".join(sorted(KINDS))
-    if kind in LATER:
-        raise UnknownKind(f"type {kind} arrives with a later release; this one has: {known}")
     raise UnknownKind(f"unknown type {kind!r}; known: {known}")
+
+
+def any_staged(kinds: Iterable[str]) -> bool:
+    """Whether one of these kinds is fed by the stage."""
+    return any(kind in KINDS and KINDS[kind].feed is Feed.STAGE for kind in kinds)

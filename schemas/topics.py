@@ -65,10 +65,11 @@ class Topics(Struct, frozen=True):
         names = "|".join(re.escape(vendor) for vendor in vendors)
         return rf"^{re.escape(self.prefix)}\.(?:{names})\.retry\.[a-z0-9-]+$"
 
-    def stage_pattern(self, vendors: Sequence[Vendor]) -> str:
-        """A regular expression for every stage topic of the vendors, and for none of their cursors."""
-        names = "|".join(re.escape(vendor) for vendor in vendors)
-        return rf"^{re.escape(self.prefix)}\.(?:{names})\.stage\.[a-z0-9-]+$"
+    def stage_patterns(self, vendors: Sequence[Vendor]) -> list[str]:
+        """Regular expressions for every stage topic of the vendors, and for none of their cursors, in the few words
+        that librdkafka's own ones have."""
+        prefix = self.prefix.replace(".", "[.]")
+        return [rf"^{prefix}[.]{vendor}[.]stage[.][a-z0-9-]+$" for vendor in vendors]
 
     def group(self, name: str) -> str:
         return f"{self.prefix}.{name}"

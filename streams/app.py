@@ -267,7 +267,7 @@ class Worker:
         self._stage = Stage(
             kafka=settings.kafka.confluent(),
             group=settings.topics.group("stage"),
-            pattern=settings.topics.stage_pattern(settings.vendors),
+            patterns=settings.topics.stage_patterns(settings.vendors),
             topics=settings.topics,
             tenants=self._tenants,
             lanes=lanes,

@@ -71,6 +71,7 @@ UNREAD_SIZE: Final = 1024  # of a batch whose records are not in memory
 RECORD_OVERHEAD_BYTES: Final = 2000  # Python's objects for a record and its headers
 TICK_EVERY_S: Final = 0.1
 REFUSED_S: Final = 0.2
+NO_SUCH_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
 BLOCKING: Final = 3  # threads that read cursors and ranges
 NO_EVENT: Final = Event(eventType="", payload=Raw(b"null"))  # of a batch
 
@@ -235,14 +236,14 @@ class Slot:
 
 
 class Stage:
-    """The reader of all stage topics that match `pattern`, one member of `group`."""
+    """The reader of all stage topics that match `patterns`, one member of `group`."""
 
     def __init__(
         self,
         *,
         kafka: Mapping[str, Any],
         group: str,
-        pattern: str,
+        patterns: Sequence[str],
         topics: Topics,
         tenants: Tenants,
         lanes: Lanes,
@@ -258,7 +259,7 @@ class Stage:
         """`max_bytes` bounds what open batches hold; closed ones are the lanes'."""
         self._kafka = kafka
         self._group = group
-        self._pattern = pattern
+        self._patterns = list(patterns)
         self._topics = topics
         self._tenants = tenants
         self._lanes = lanes
@@ -311,7 +312,7 @@ class Stage:
             }
         )
         self._consumer.subscribe(
-            [self._pattern], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked
+            self._patterns, on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked
         )
         for name, work in (("read", self._read), ("write", self._write)):
             task = self._loop.create_task(work(), name=f"stage: {name}")
@@ -472,7 +473,7 @@ class Stage:
                     slot.behind = False
             elif error.fatal():
                 raise KafkaException(error)
-            else:
+            elif error.code() not in NO_SUCH_TOPIC:  # of a pattern: none is there yet
                 log.warning("stage_read_fault", fault=error.name())
             return
         if slot is None or not slot.ready:

@@ -7,12 +7,14 @@ from confluent_kafka.admin import NewTopic
 
 from cli.keys import shred_tenant
 from config.provision import topic_settings
-from connectors.registry import KINDS, STAGED
+from connectors.contract import Feed
+from connectors.registry import KINDS
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
 from schemas.topics import DAY_MS, FEW
 from tests.cli.test_doctor import admin, alter, checks
 from tests.deployment import Deployment, eventually
 
+STAGED = frozenset(kind for kind, spec in KINDS.items() if spec.feed is Feed.STAGE)
 pytestmark = [pytest.mark.broker, pytest.mark.skipif(not STAGED, reason="no kind of destination has a stage")]
 
 

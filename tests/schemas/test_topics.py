@@ -16,7 +16,7 @@ SIZES = Sizes(
 
 
 def test_the_pattern_of_stages_finds_those_of_its_vendors_and_neither_cursors_nor_others() -> None:
-    stages = re.compile(TOPICS.stage_pattern([ACME, Vendor("shop")]))
+    stages = re.compile("|".join(TOPICS.stage_patterns([ACME, Vendor("shop")])))
     tags = [Tag("one"), Tag("pool-00"), Tag("cursor"), Tag("stage")]
     assert all(stages.match(TOPICS.stage(vendor, tag)) for vendor in (ACME, Vendor("shop")) for tag in tags)
     others = [TOPICS.ingress(ACME), TOPICS.unrouted(ACME), "head.gate.acme.stage.", "headXgate.acme.stage.one"]
