@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 import msgspec
@@ -261,6 +261,29 @@ def _http_url(text: str) -> str:
     return text.rstrip("/")
 
 
+class BigQueryPlace(NamedTuple):
+    """Where BigQuery answers: the base of its REST API, and `host:port` of the Storage Write API, in TLS if that is."""
+
+    rest_url: str = "https://bigquery.googleapis.com"
+    write_address: str = "bigquerystorage.googleapis.com:443"
+
+    @property
+    def encrypted(self) -> bool:
+        return self.rest_url.startswith("https:")
+
+
+def _bigquery_place(text: str) -> BigQueryPlace:
+    try:
+        rest_url, write_address = _list(text)
+        place = BigQueryPlace(_http_url(rest_url), _bootstrap(write_address))
+    except ValueError:
+        raise ValueError(
+            "not the addresses of REST and of the Storage Write API; write https://bigquery.acme.example,"
+            "bigquery.acme.example:443, where https says that both are spoken to in TLS"
+        ) from None
+    return place
+
+
 # ---------------------------------------------------------------- declarations
 
 
@@ -494,6 +517,25 @@ EGRESS_ALLOW: Final = _in(
 EGRESS_ALLOW_IN_PRODUCTION: Final = _in(
     Setting("EGRESS_ALLOW_IN_PRODUCTION", _switch, "off", "1", "Confirms `EGRESS_ALLOW` with `ENV=production`.")
 )
+BIGQUERY_ENDPOINT: Final = _in(
+    Setting(
+        "BIGQUERY_ENDPOINT",
+        _bigquery_place,
+        ",".join(BigQueryPlace()),
+        "http://127.0.0.1:9050,127.0.0.1:9060",
+        "Where BigQuery destinations go: REST, and host:port of the Storage Write API; https says TLS for both.",
+    )
+)
+BIGQUERY_DEFAULT_CREDENTIALS: Final = _in(
+    Setting(
+        "BIGQUERY_DEFAULT_CREDENTIALS",
+        _switch,
+        "off",
+        "on",
+        "Lets BigQuery destinations without a key of their own use the worker's application default credentials. Every "
+        "tenant's: whatever these may write to, each of them can name.",
+    )
+)
 
 _in = _Group("What is seen")
 HTTP_PORT: Final = _in(
@@ -541,7 +583,6 @@ DEV_DIR: Final = _in(Setting("DEV_DIR", Path, ".headgate", "/tmp/headgate", "Dat
 
 LATER: Final = {
     "POSTGRES_DSN": "the API",
-    "BIGQUERY_ENDPOINT": "BigQuery destinations",
 }
 SETTINGS: Final = {PREFIX + setting.name: setting for members in _GROUPS.values() for setting in members}
 _SECRET_LATER: Final = frozenset({"POSTGRES_DSN"})
@@ -670,6 +711,13 @@ class WorkerSettings(Struct, frozen=True):
     type_label: bool = False
 
 
+class BigQuerySettings(Struct, frozen=True):
+    """What the operator says of BigQuery: where it is, and whether tenants may use the worker's own credentials."""
+
+    place: BigQueryPlace = BigQueryPlace()
+    default_credentials: bool = False
+
+
 class LogSettings(Struct, frozen=True):
     format: LogFormat = "console"
     level: LogLevel = "info"
@@ -691,6 +739,7 @@ class Settings(Struct, frozen=True):
     tenants: TenantSettings
     worker: WorkerSettings
     egress_allow: tuple[Network, ...]
+    bigquery: BigQuerySettings
     replication_factor: int
     log: LogSettings
     dev_dir: Path
@@ -742,6 +791,7 @@ class Settings(Struct, frozen=True):
                 type_label=read(TYPE_LABEL),
             ),
             egress_allow=read.optional(EGRESS_ALLOW) or (),
+            bigquery=BigQuerySettings(read(BIGQUERY_ENDPOINT), read(BIGQUERY_DEFAULT_CREDENTIALS)),
             replication_factor=read(REPLICATION_FACTOR),
             log=LogSettings(read(LOG_FORMAT), read(LOG_LEVEL)),
             dev_dir=read(DEV_DIR),
@@ -890,6 +940,9 @@ def _production_problems(settings: Settings, confirmed: bool) -> Iterator[str]:
     if schemas is not None and urlsplit(schemas.url).scheme != "https":
         seen = _shown(schemas.url)
         yield f"{PREFIX}SCHEMA_REGISTRY_URL={seen}: a plaintext link, which {why} refuses; write https://…"
+    if not settings.bigquery.place.encrypted:
+        seen = _shown(",".join(settings.bigquery.place))
+        yield f"{PREFIX}BIGQUERY_ENDPOINT={seen}: a plaintext link, which {why} refuses; write https://…"
     if settings.egress_allow and not confirmed:
         networks = ",".join(str(network) for network in settings.egress_allow)
         yield (

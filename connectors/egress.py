@@ -20,6 +20,7 @@ from typing import Final, Protocol, TypeAlias, TypeVar, cast
 
 from msgspec import Struct
 
+from config.settings import BigQuerySettings
 from connectors.http.client import HttpClient
 from connectors.http.door import Address, Blocked, Names, literal
 from schemas.ids import TenantRef
@@ -198,7 +199,8 @@ class Egress:
     """The door. One for each process; `allow` are the networks of `HEADGATE_EGRESS_ALLOW`.
 
     `lookup` answers names from a thread; `connect` makes the sockets, after the guard has said yes; `on_blocked` is
-    called for each dial or destination that was refused; `ca_file` replaces the system's certificate authorities.
+    called for each dial or destination that was refused; `ca_file` replaces the system's certificate authorities;
+    `bigquery` is a place that the operator chose, and no tenant: what is dialled there is not judged.
     """
 
     def __init__(
@@ -212,6 +214,7 @@ class Egress:
         ca_file: str | None = None,
         max_idle_connections: int = 1024,
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
+        bigquery: BigQuerySettings | None = None,
     ) -> None:
         self._allow = tuple(allow)
         self._connect = connect
@@ -225,6 +228,7 @@ class Egress:
         self._max_idle_connections = max_idle_connections
         self._kept: dict[object, Closable] = {}
         self.ca_file = ca_file
+        self.bigquery = bigquery or BigQuerySettings()
 
     @functools.cached_property
     def http(self) -> HttpClient:

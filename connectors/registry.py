@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from connectors.bigquery.connector import SPEC as BIGQUERY
 from connectors.contract import Feed, Spec
 from connectors.kafka.connector import SPEC as KAFKA
 from connectors.s3.connector import SPEC as S3
 from connectors.webhook.connector import SPEC as WEBHOOK
 
-KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, S3)}
+KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, S3, BIGQUERY)}
 
 
 class UnknownKind(ValueError):

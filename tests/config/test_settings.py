@@ -246,6 +246,24 @@ def test_what_comes_later_is_refused_as_such(name: str) -> None:
     assert "arrives with a later release" in refused(**{name: "http://x"})
 
 
+# ---------------------------------------------------------------- BigQuery
+
+
+def test_bigquery_is_google_s_own_until_the_operator_names_another() -> None:
+    assert load().bigquery.place == ("https://bigquery.googleapis.com", "bigquerystorage.googleapis.com:443")
+    assert load().bigquery.default_credentials is False
+    found = load(BIGQUERY_ENDPOINT="http://127.0.0.1:9050/,127.0.0.1:9060", BIGQUERY_DEFAULT_CREDENTIALS="on").bigquery
+    assert found.place == ("http://127.0.0.1:9050", "127.0.0.1:9060")
+    assert (found.place.encrypted, found.default_credentials) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["http://127.0.0.1:9050", "127.0.0.1:9050,127.0.0.1:9060", "http://a,b:1,c:2", "http://a,b"]
+)
+def test_an_endpoint_of_bigquery_that_is_none_is_refused(text: str) -> None:
+    assert "write https://bigquery.acme.example,bigquery.acme.example:443" in refused(BIGQUERY_ENDPOINT=text)
+
+
 # ---------------------------------------------------------------- the schema registry
 
 
@@ -403,6 +421,10 @@ def test_production_starts_on_links_that_are_safe() -> None:
             {"SCHEMA_REGISTRY_URL": "http://registry:8081"},
             "'http://registry:8081': a plaintext link",
         ),
+        (
+            {"BIGQUERY_ENDPOINT": "http://bq:80,bq:81"},
+            "HEADGATE_BIGQUERY_ENDPOINT='http://bq:80,bq:81': a plaintext link",
+        ),
         ({"REDIS_URL": "rediss://redis:6379/0?ssl_cert_reqs=none"}, "unverified"),
         ({"REDIS_URL": "rediss://redis:6379/0?ssl_cert_reqs=optional"}, "unverified"),
         ({"REDIS_URL": "rediss://redis:6379/0?ssl_check_hostname=false"}, "unverified"),
@@ -506,5 +528,6 @@ def test_every_name_of_the_design_is_known() -> None:
         REDIS_URL POSTGRES_DSN MASTER_KEY MASTER_KEY_FILE PREFIX VENDORS INGRESS_PARTITIONS DEFAULT_TOPICS POOLS
         RETRY_TIERS MAX_EVENT_BYTES REPLICATION_FACTOR INGRESS_RETENTION ATTEMPTS_RETENTION DLQ_RETENTION DEDUPE_TTL
         LEDGER_TTL BIGQUERY_ENDPOINT COMMIT_INTERVAL IN_FLIGHT MEMORY_BUDGET SHUTDOWN_TIMEOUT EGRESS_ALLOW
-        WORKER_ID HTTP_PORT TENANT_LABEL TYPE_LABEL LOG_FORMAT LOG_LEVEL DEV_DIR ENV EGRESS_ALLOW_IN_PRODUCTION"""
+        WORKER_ID HTTP_PORT TENANT_LABEL TYPE_LABEL LOG_FORMAT LOG_LEVEL DEV_DIR ENV EGRESS_ALLOW_IN_PRODUCTION
+        BIGQUERY_DEFAULT_CREDENTIALS"""
     assert {f"HEADGATE_{name}" for name in names.split()} == {*SETTINGS, *(f"HEADGATE_{name}" for name in LATER)}

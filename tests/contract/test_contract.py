@@ -21,6 +21,7 @@ from tests.contract.far_side import CANARY, FarSide, Mode, far_side
 ACME = TenantRef(Vendor("default"), ExternalId("acme"))
 HOOK = DestinationId("hook")
 
+
 EXPECTED: dict[Mode, tuple[Verdict, set[Fault]]] = {
     Mode.UP: ("delivered", {""}),
     Mode.DOWN: ("retry", {"destination"}),
@@ -49,7 +50,7 @@ async def far(spec: Spec[Any, Any]) -> AsyncIterator[FarSide]:
 
 @pytest.fixture
 async def egress(far: FarSide) -> AsyncIterator[Egress]:
-    made = Egress(far.allow)
+    made = Egress(far.allow, bigquery=getattr(far, "bigquery", None))
     yield made
     made.close()
 
