@@ -68,6 +68,23 @@ async def test_of_a_batch_that_is_stored_in_part_the_rest_is_stored_at_the_next_
     second = await deliver(connector, *sent)
     assert {outcome.verdict for outcome in second} == {"delivered"}
     assert sorted(one.delivery for one in store.held()) == [one.id for one in sent]
+    assert store.operations == ["PutObject"] * (12 + 5)  # what is stored is not sent again
+
+
+async def test_what_another_worker_stored_of_a_batch_is_found_there(store: S3FarSide, egress: Egress) -> None:
+    """It died, or lost the partition, after half of them."""
+    sent = [delivery(number, event_type=f"type-{number}") for number in range(12)]
+    store.answers["PutObject"] = [Answer(503, "SlowDown") for _ in range(5)]
+    dead = sink(egress, store.options(), store.secrets())
+    await deliver(dead, *sent)
+    before = dict(store.objects)
+    connector = sink(egress, store.options(), store.secrets())
+    second = await deliver(connector, *sent)
+    assert {outcome.verdict for outcome in second} == {"delivered"}
+    assert sorted(one.delivery for one in store.held()) == [one.id for one in sent]
+    assert {key: store.objects[key] for key in before} == before
+    assert store.operations.count("HeadObject") == 7
+    await dead.close()
     await connector.close()
 
 
