@@ -15,7 +15,7 @@ COMPILE_TEST := $(COMPILE) --extra test -c dev/locks/run.txt
 # what holds for a file holds only once it exists; each is somebody's work
 CHECK_TESTS := $(wildcard tests/test_architecture.py tests/test_chart.py)
 
-.PHONY: help setup setup-test run fmt check types floors locked test chaos bench docs lock chart-tools clean
+.PHONY: help setup setup-test run fmt check types floors locked test chaos bench docs lock chart-tools s3-tools clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ lock: $(VENV)/.uv ## resolve pyproject.toml into dev/locks (keeps what is pinned
 
 chart-tools: ## build helm for the chart's tests (minutes; needs Go)
 	GOBIN=$(CURDIR)/.headgate-cache/bin go install helm.sh/helm/v3/cmd/helm@v3.18.6
+
+s3-tools: ## build versitygw for the S3 tests (minutes; needs Go)
+	GOBIN=$(CURDIR)/.headgate-cache/bin go install github.com/versity/versitygw/cmd/versitygw@v1.8.0
 
 clean: ## end the stack in .headgate; remove the environment and everything made here
 	@if [ -d .headgate ] && [ -x $(BIN)/headgate ]; then HEADGATE_DEV_DIR=.headgate $(BIN)/headgate dev down; fi

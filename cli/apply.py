@@ -24,7 +24,7 @@ from config.settings import Settings
 from config.vault import MasterKeys
 from config.writer import Writer, read_current
 from connectors.egress import Egress
-from connectors.registry import KINDS, LATER, any_staged
+from connectors.registry import KINDS, any_staged
 from routing.filters import Filter, FilterError, compile_filter, compile_text
 from routing.match import PatternError, parse_pattern
 from routing.redact import PathError, parse_path
@@ -144,7 +144,6 @@ def _check_dial(egress: Egress, host: str, tls: bool) -> Objection | None:
 
 RULES: Final = Rules(
     KINDS,
-    LATER,
     check_where=partial(_check_expression, compile_filter),
     check_pattern=_check_pattern,
     check_redact=_check_redact,

@@ -11,8 +11,7 @@ import msgspec
 
 from cli.groups import Group
 from dev import stack as embedded
-
-LATER = ("s3", "bigquery")
+from dev.stack import ServiceName
 
 _dir = click.option(
     "--dir",
@@ -29,12 +28,13 @@ _output = click.option(
 )
 
 
-def _refuse_later_services(_context: click.Context, _option: click.Parameter, value: str) -> str:
-    for name in filter(None, value.split(",")):
-        if name in LATER:
-            raise click.BadParameter(f"{name} arrives with a later release; Kafka and Redis need no --with")
-        raise click.BadParameter(f"unknown service {name!r}; known are {', '.join(LATER)}")
-    return value
+def _services(_context: click.Context, _option: click.Parameter, value: str) -> tuple[ServiceName, ...]:
+    wanted = tuple(filter(None, value.split(",")))
+    for name in wanted:
+        if name not in embedded.EXTRA:
+            known = ", ".join(embedded.EXTRA)
+            raise click.BadParameter(f"unknown service {name!r}; known are {known}; Kafka and Redis need no --with")
+    return tuple(map(ServiceName, wanted))
 
 
 @click.group(cls=Group)
@@ -53,12 +53,11 @@ def group() -> None:
     "extra",
     default="",
     metavar="NAMES",
-    callback=_refuse_later_services,
-    expose_value=False,
-    help="More services, separated by commas: s3, bigquery (both arrive with a later release).",
+    callback=_services,
+    help="More services, separated by commas: s3, bigquery. A stack that has them keeps them.",
 )
 @_output
-def up(folder: Path, output: str) -> None:
+def up(folder: Path, extra: tuple[ServiceName, ...], output: str) -> None:
     """Start the stack, wait until it is ready, print its settings.
 
     Running it again is harmless: what runs is left alone, what has died is started on its old port and data. The first
@@ -70,7 +69,7 @@ def up(folder: Path, output: str) -> None:
         set -a; eval "$(headgate dev up)"; set +a
     """
     with _told_to_the_user():
-        settings = embedded.up(folder, say=_say).settings()
+        settings = embedded.up(folder, extra=extra, say=_say).settings()
     if output == "json":
         click.echo(_json(settings))
         return
@@ -111,7 +110,7 @@ def status(folder: Path, output: str) -> None:
     else:
         for one in found.services:
             pid = f"pid {one.pid}" if one.pid is not None else "-"
-            click.echo(f"{one.name:<6} {one.condition:<9} {one.address:<16} {pid:<12} {one.version:<8} {one.log}")
+            click.echo(f"{one.name:<8} {one.condition:<9} {one.address:<16} {pid:<12} {one.version:<8} {one.log}")
     sys.exit(0 if found.ready else 1)
 
 

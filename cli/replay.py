@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any, Final, Literal
 
 import click
+from confluent_kafka import Message
 
 from cli.letters import Which, current_tenant, selectors, topic_of, vault_of
 from cli.output import agrees, asks, counted, load_settings, output_option, say, show_json, told
@@ -20,13 +21,14 @@ from config.document import parse_rate_per_s
 from config.kafka import KafkaFault
 from config.provision import topic_ids
 from config.settings import Settings, parse_duration_s
-from schemas.dead_letter import replay_job
+from schemas.dead_letter import UNKNOWN_OUTCOME, replay_job, text_of
 from schemas.ids import TenantRef
-from streams.replay import Replay, Sent, Survey, TenantPost, UnroutedPost, Watch, survey, until_committed
+from streams.replay import Replay, Sent, Survey, TenantPost, UnroutedPost, Watch, headers_of, survey, until_committed
 from streams.replay import drop as drop_letters
 
 PROGRESS_EVERY_S: Final = 2.0
 SHOWN_OPEN: Final = 5
+MAY_BE_THERE: Final = f"its destination may hold it already ({UNKNOWN_OUTCOME}); --force sends it all the same"
 _JOB: Final = re.compile(r"[0-9a-f]{24}")  # 16 are dice, 8 say which letters are meant
 
 
@@ -88,7 +90,7 @@ class _Progress:
 @click.option(
     "--timeout", "timeout_s", type=_Timeout(), metavar="TIME", help="With --wait: at most so long, then exit 1."
 )
-@click.option("--force", is_flag=True, help="Also those that were replayed or dropped before.")
+@click.option("--force", is_flag=True, help="Also those that were replayed or dropped before, or may have arrived.")
 @click.option("--resume", type=_Job(), metavar="JOB", help="Go on with a forced replay that was interrupted.")
 @output_option
 @told
@@ -112,9 +114,9 @@ def replay(
 
     A letter goes to the destination that it was for, under the same webhook-id, with today's options and secrets and a
     retry schedule that starts anew. A letter whose destination is gone is skipped. Each letter is sent once: a replay
-    that was interrupted goes on where it was when it is run again, and what was replayed or dropped before is skipped.
-    With --force it is not; such a replay has a job, by which --resume goes on with it: it tells the command when it
-    starts.
+    that was interrupted goes on where it was when it is run again, and what was replayed or dropped before is skipped,
+    and so is a letter that its destination may hold already (unknown_outcome). With --force they are not; such a replay
+    has a job, by which --resume goes on with it: it tells the command when it starts.
 
     Unrouted records go back through ingress with their bytes, headers and first position, as the same event as before:
     mend first what they were refused for.
@@ -202,7 +204,7 @@ def _replayed(
     *,
     keep_jobs: bool,
 ) -> tuple[Survey, Sent]:
-    found = _surveyed(settings, which, post.topic, post.objection, job)
+    found = _surveyed(settings, which, post.topic, post.objection if job else _unless_there(post.objection), job)
     if dry_run or not _agreed(found, which, "Send"):
         return found, Sent()
     pace = f" --rate {f'{rate_per_s:.9f}'.rstrip('0').rstrip('.')}/s" if rate_per_s else ""
@@ -233,7 +235,17 @@ def _replayed(
     return found, sent
 
 
-def _surveyed(settings: Settings, which: Which, topic: str, objection: Callable[[Any], str], job: str) -> Survey:
+def _unless_there(objection: Callable[[Message], str]) -> Callable[[Message], str]:
+    """Objects also to a letter that may have arrived: sent again, its destination would hold it twice."""
+
+    def asked(message: Message) -> str:
+        unknown = text_of(headers_of(message), "hg-error") == UNKNOWN_OUTCOME
+        return objection(message) or (MAY_BE_THERE if unknown else "")
+
+    return asked
+
+
+def _surveyed(settings: Settings, which: Which, topic: str, objection: Callable[[Message], str], job: str) -> Survey:
     progress = _Progress()
     found = survey(
         settings,

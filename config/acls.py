@@ -70,8 +70,14 @@ def _worker(topics: Topics, vendors: Sequence[Vendor]) -> list[list[Acl]]:
             _topic(topics.audit(vendor), "Describe"),  # to see that it is there: a worker makes what is missing
             _topics(topics.retry(vendor, _EVERY_TAG), "Read", "Write"),
             _topics(topics.dead_letters(vendor, _EVERY_TAG), "Write"),
+            _topics(topics.stage(vendor, _EVERY_TAG), "Read", "Write"),
+            _topics(topics.stage_cursor(vendor, _EVERY_TAG), "Read", "Write"),
         ]
-    return [*found, _group(topics, "route", "Read"), _group(topics, "retry", "Read")]
+    return [
+        *found,
+        *(_group(topics, name, "Read") for name in ("route", "retry", "stage")),
+        [Acl("transactional-id", stage_transactional_id(topics, ""), "prefixed", "Write")],
+    ]
 
 
 def _operator(topics: Topics, vendors: Sequence[Vendor]) -> list[list[Acl]]:
@@ -103,6 +109,8 @@ def _control(topics: Topics, vendors: Sequence[Vendor]) -> list[list[Acl]]:
             _topics(f"{topics.prefix}.{vendor}.", "Describe", *making),
             _topics(topics.retry(vendor, _EVERY_TAG), "Alter", "Delete"),  # more tiers; the end of a tenant
             _topics(topics.dead_letters(vendor, _EVERY_TAG), "Delete"),
+            _topics(topics.stage(vendor, _EVERY_TAG), "Delete"),
+            _topics(topics.stage_cursor(vendor, _EVERY_TAG), "Delete"),
             [Acl("transactional-id", transactional_id(topics, vendor), "literal", "Write")],
         ]
     return found
@@ -111,6 +119,11 @@ def _control(topics: Topics, vendors: Sequence[Vendor]) -> list[list[Acl]]:
 def transactional_id(topics: Topics, vendor: Vendor) -> str:
     """One a vendor: who begins a change fences whoever began one before (ADR 0007)."""
     return f"{topics.prefix}.apply.{vendor}"
+
+
+def stage_transactional_id(topics: Topics, reader: str) -> str:
+    """One a reader of stages, who commits offsets and cursors together. As with their group, vendors share the name."""
+    return topics.group(f"stage.{reader}")
 
 
 def _topic(name: str, *operations: Operation) -> list[Acl]:

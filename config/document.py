@@ -84,7 +84,6 @@ class Rules(Struct, frozen=True):
     """
 
     kinds: MappingOf[str, Kind]
-    later_kinds: frozenset[str]
     check_where: Check
     check_pattern: Check
     check_redact: Check
@@ -348,11 +347,7 @@ class _Reader:
         )
 
     def _unknown_kind(self, node: Node, path: str, name: str) -> None:
-        if name in self._rules.later_kinds:
-            known = ", ".join(sorted(self._rules.kinds))
-            self._fault(node.place, path, f"{name} arrives with a later release", f"this one has: {known}")
-        else:
-            self._fault(node.place, path, f"{name[:60]!r} is no kind of destination", nearest(name, self._rules.kinds))
+        self._fault(node.place, path, f"{name[:60]!r} is no kind of destination", nearest(name, self._rules.kinds))
 
     def _options(self, kind: Kind, node: Node | None, parent: Node, path: str) -> msgspec.Raw:
         """The options as JSON, in the order of their names: the same options have the same bytes."""

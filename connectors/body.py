@@ -8,7 +8,7 @@ from msgspec import Raw, Struct
 from schemas.event import Event
 
 
-class _Body(Struct, gc=False):
+class Body(Struct, gc=False):
     id: str
     type: str
     occurredAt: str
@@ -23,5 +23,5 @@ _encode: Final = msgspec.json.Encoder().encode
 def body(event: Event) -> bytes:
     """Payload and metadata in the bytes they were published in; the same for every attempt."""
     return _encode(
-        _Body(event.eventId, event.eventType, event.occurredAt, event.schemaVersion, event.payload, event.metadata)
+        Body(event.eventId, event.eventType, event.occurredAt, event.schemaVersion, event.payload, event.metadata)
     )

@@ -6,10 +6,10 @@ from typing import Any, Final
 from connectors.bigquery.connector import SPEC as BIGQUERY
 from connectors.contract import Feed, Spec
 from connectors.kafka.connector import SPEC as KAFKA
+from connectors.s3.connector import SPEC as S3
 from connectors.webhook.connector import SPEC as WEBHOOK
 
-KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, BIGQUERY)}
-LATER: Final = frozenset({"s3"})
+KINDS: Final[Mapping[str, Spec[Any, Any]]] = {spec.kind: spec for spec in (WEBHOOK, KAFKA, S3, BIGQUERY)}
 
 
 class UnknownKind(ValueError):
@@ -22,8 +22,6 @@ def spec_of(kind: str) -> Spec[Any, Any]:
     if spec is not None:
         return spec
     known = ", ".join(sorted(KINDS))
-    if kind in LATER:
-        raise UnknownKind(f"type {kind} arrives with a later release; this one has: {known}")
     raise UnknownKind(f"unknown type {kind!r}; known: {known}")
 
 

@@ -10,6 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +33,10 @@ def rest_url(port: int) -> str:
 
 def grpc_address(port: int) -> str:
     return f"127.0.0.1:{port}"
+
+
+def version() -> str:
+    return version_of("bqemulator")
 
 
 def start(home: Path, rest_port: int, grpc_port: int) -> Proc:

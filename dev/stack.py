@@ -1,4 +1,5 @@
-"""The embedded stack: a real Kafka and a real Redis as background processes in a folder of their own.
+"""The embedded stack: a real Kafka and a real Redis as background processes in a folder of their own; with them, where
+asked for, an S3 and a BigQuery endpoint.
 
 Owns the folder, its state file and the life of its processes; `broker.py` knows how a Kafka is run, `process.py` how a
 process is found again. Everything here may be called from several processes at once: a lock in the folder puts changes
@@ -12,7 +13,7 @@ import shutil
 import signal
 import socket
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
@@ -22,7 +23,7 @@ from typing import Final, assert_never
 import msgspec
 from msgspec import Struct, structs
 
-from dev import broker, certificates, jars, process, wait
+from dev import bigquery, broker, certificates, jars, process, s3, wait
 from dev.jars import Say
 from dev.process import Condition, Proc
 
@@ -53,6 +54,12 @@ class NoStack(StackError):
 class ServiceName(StrEnum):
     KAFKA = "kafka"
     REDIS = "redis"
+    S3 = "s3"
+    BIGQUERY = "bigquery"
+
+
+ALWAYS: Final = (ServiceName.KAFKA, ServiceName.REDIS)
+EXTRA: Final = (ServiceName.S3, ServiceName.BIGQUERY)
 
 
 class State(Struct, frozen=True):
@@ -66,6 +73,15 @@ class State(Struct, frozen=True):
     internal_port: int = 0
     """Of a secured Kafka; 0: an open one."""
     processes: dict[ServiceName, Proc] = {}
+    s3_port: int = 0
+    bigquery_port: int = 0
+    bigquery_grpc_port: int = 0
+    """0: the stack is without."""
+
+    @property
+    def services(self) -> tuple[ServiceName, ...]:
+        ports = {ServiceName.S3: self.s3_port, ServiceName.BIGQUERY: self.bigquery_port}
+        return tuple(name for name in ServiceName if ports.get(name, 1))
 
 
 class ServiceStatus(Struct, frozen=True):
@@ -95,6 +111,9 @@ class Stack(Struct, frozen=True):
     kafka_port: int
     redis_port: int
     kafka: broker.Layout
+    s3_port: int = 0
+    bigquery_port: int = 0
+    bigquery_grpc_port: int = 0
 
     @property
     def kafka_bootstrap(self) -> str:
@@ -115,8 +134,19 @@ class Stack(Struct, frozen=True):
             "HEADGATE_REDIS_URL": self.redis_url,
             "HEADGATE_MASTER_KEY_FILE": str(self.master_key_file),
             "HEADGATE_DEV_DIR": str(self.dir),
+            **self._extra(),
             **(self.as_user(broker.ADMIN, (self.dir / ADMIN_PASSWORD).read_text()) if self.kafka.secured else {}),
         }
+
+    def _extra(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        if self.s3_port:
+            found["HEADGATE_DEV_S3_URL"] = s3.url(self.s3_port)
+        if self.bigquery_port:
+            rest, grpc = bigquery.rest_url(self.bigquery_port), bigquery.grpc_address(self.bigquery_grpc_port)
+            found["HEADGATE_DEV_BIGQUERY_URL"], found["HEADGATE_DEV_BIGQUERY_GRPC"] = rest, grpc
+            found["HEADGATE_BIGQUERY_ENDPOINT"] = f"{rest},{grpc}"
+        return found
 
     # Of a secured stack.
     def as_user(self, name: str, password: str) -> dict[str, str]:
@@ -168,22 +198,30 @@ def quiet(line: str) -> None:
     """Takes progress and tells nobody."""
 
 
-def up(folder: Path, *, secured: bool = False, cache: Path | None = None, say: Say = quiet) -> Stack:
+def up(
+    folder: Path,
+    *,
+    extra: Iterable[ServiceName] = (),
+    secured: bool = False,
+    cache: Path | None = None,
+    say: Say = quiet,
+) -> Stack:
     """Have all services running and ready; starts what is not, wakes what is paused, leaves alone what runs.
 
-    A new stack is `secured` if that is asked for: Kafka by password over TLS, with an authorizer and an administrator.
+    `extra` services are added to a stack that is without. A new stack is `secured` if that is asked for: Kafka by
+    password over TLS, with an authorizer and an administrator.
 
     Raises `NotAStack` for a folder that holds something else, `StackError` for what else cannot be done.
     """
     folder = folder.resolve()
     with _ours(folder, create=True):
-        state = _load(folder) or _new_state(secured)
+        state = _with(_load(folder) or _new_state(secured), extra)
         _save(folder, state)
         _make_master_key(folder)
-        for service in ServiceName:  # both start before either is waited for
+        for service in state.services:  # all start before any is waited for
             state = _revived(folder, state, service, cache, say)
             _save(folder, state)
-        for service in ServiceName:
+        for service in state.services:
             _wait_ready(folder, state, service)
         made = _stack(folder, state)
         if made.kafka.secured and not (folder / ADMIN_PASSWORD).exists():
@@ -192,7 +230,8 @@ def up(folder: Path, *, secured: bool = False, cache: Path | None = None, say: S
 
 
 def _stack(folder: Path, state: State) -> Stack:
-    return Stack(folder, state.kafka_port, state.redis_port, _layout(folder, state))
+    extra = state.s3_port, state.bigquery_port, state.bigquery_grpc_port
+    return Stack(folder, state.kafka_port, state.redis_port, _layout(folder, state), *extra)
 
 
 def _make_admin(made: Stack) -> None:
@@ -231,7 +270,7 @@ def status(folder: Path) -> Status:
     state = _load(folder) if (folder / MARKER).is_file() else None
     if state is None:
         return Status(folder, exists=False)
-    return Status(folder, True, tuple(_status(folder, state, service) for service in ServiceName))
+    return Status(folder, True, tuple(_status(folder, state, service) for service in state.services))
 
 
 def stack(folder: Path) -> Stack | None:
@@ -372,6 +411,16 @@ def _new_state(secured: bool) -> State:
     return State(kafka_port, controller_port, redis_port, *versions, internal_port if secured else 0)
 
 
+def _with(state: State, extra: Iterable[ServiceName]) -> State:
+    wanted = set(extra) - set(state.services)
+    if ServiceName.S3 in wanted:
+        state = structs.replace(state, s3_port=wait.free_ports(1)[0])
+    if ServiceName.BIGQUERY in wanted:
+        rest, grpc = wait.free_ports(2)
+        state = structs.replace(state, bigquery_port=rest, bigquery_grpc_port=grpc)
+    return state
+
+
 def _make_master_key(folder: Path) -> None:
     path = folder / MASTER_KEY
     if path.exists():
@@ -419,6 +468,12 @@ def _revived(folder: Path, state: State, service: ServiceName, cache: Path | Non
         case ServiceName.REDIS:
             _refuse_taken(service, state.redis_port)
             proc = _start_redis(folder, state.redis_port)
+        case ServiceName.S3:
+            _refuse_taken(service, state.s3_port)
+            proc = s3.start(folder / "s3", state.s3_port)
+        case ServiceName.BIGQUERY:
+            _refuse_taken(service, state.bigquery_port, state.bigquery_grpc_port)
+            proc = bigquery.start(folder / "bigquery", state.bigquery_port, state.bigquery_grpc_port)
         case other:
             assert_never(other)
     return structs.replace(state, processes={**state.processes, service: proc})
@@ -443,16 +498,27 @@ def _wait_ready(folder: Path, state: State, service: ServiceName) -> None:
                 process.end(proc, grace_s=0)
                 raise StackError(str(fault)) from fault
         case ServiceName.REDIS:
-            ended_or_ready = wait.until(
-                lambda: redis_answers(state.redis_port) or process.condition(proc) is Condition.GONE,
-                REDIS_START_TIMEOUT_S,
+            _wait_answering(service, proc, partial(redis_answers, state.redis_port), folder / "redis" / "redis.log")
+        case ServiceName.S3:
+            _wait_answering(
+                service, proc, partial(s3.answers, state.s3_port), s3.log(folder / "s3"), s3.START_TIMEOUT_S
             )
-            if not ended_or_ready or process.condition(proc) is Condition.GONE:
-                process.end(proc, grace_s=0)
-                log = folder / "redis" / "redis.log"
-                raise StackError(f"Redis did not start; see {log}:\n" + log.read_text(errors="replace")[-2000:])
+        case ServiceName.BIGQUERY:
+            try:
+                bigquery.wait_ready(proc, folder / "bigquery", state.bigquery_port, state.bigquery_grpc_port)
+            except bigquery.BigQueryError as fault:
+                raise StackError(str(fault)) from fault
         case other:
             assert_never(other)
+
+
+def _wait_answering(
+    service: ServiceName, proc: Proc, answers: Callable[[], bool], log: Path, timeout_s: float = REDIS_START_TIMEOUT_S
+) -> None:
+    ended_or_ready = wait.until(lambda: answers() or process.condition(proc) is Condition.GONE, timeout_s)
+    if not ended_or_ready or process.condition(proc) is Condition.GONE:
+        process.end(proc, grace_s=0)
+        raise StackError(f"{service} did not start; see {log}:\n" + log.read_text(errors="replace")[-2000:])
 
 
 def _start_redis(folder: Path, port: int) -> Proc:
@@ -500,6 +566,13 @@ def _status(folder: Path, state: State, service: ServiceName) -> ServiceStatus:
         case ServiceName.REDIS:
             port, version, log = state.redis_port, state.redis_version, folder / "redis" / "redis.log"
             answering = partial(redis_answers, port)
+        case ServiceName.S3:
+            port, version, log = state.s3_port, s3.version(), s3.log(folder / "s3")
+            answering = partial(s3.answers, port)
+        case ServiceName.BIGQUERY:
+            port, version = state.bigquery_port, bigquery.version()
+            log = folder / "bigquery" / bigquery.LOG
+            answering = partial(bigquery.answers, port)
         case other:
             assert_never(other)
     match process.condition(proc) if proc is not None else Condition.GONE:

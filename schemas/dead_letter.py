@@ -17,6 +17,7 @@ from schemas.wire import Headers, read_parked, version_header
 MarkKind: TypeAlias = Literal["replayed", "dropped"]
 
 MARK: Final = "hg-mark"
+UNKNOWN_OUTCOME: Final = "unknown_outcome"  # the code of a letter that its destination may hold all the same
 _KINDS: Final = (b"replayed", b"dropped")
 
 

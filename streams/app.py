@@ -212,7 +212,9 @@ class Worker:
         self._registry = Registry(self._master, settings.topics)
         self._registry.on_fault(self._on_registry_fault)
         self._reader = ControlReader(settings, self._registry)
-        egress = self._egress = Egress(settings.egress_allow, on_blocked=lambda _: self._count_blocked())
+        egress = self._egress = Egress(
+            settings.egress_allow, on_blocked=lambda _: self._count_blocked(), bigquery=settings.bigquery
+        )
         lanes = self._lanes = Lanes(
             LaneSettings(worker.in_flight, worker.memory_budget_bytes, worker.memory_budget_bytes // 4),
             egress,

@@ -32,7 +32,8 @@ class Answer(Struct, frozen=True, gc=False):
 
     `detail` says more of a fault and quotes nothing that the far side sent. `retry_after` is the raw header, read only
     where the status is not 2xx. `excerpt` is the body as it came, still compressed if it was, up to what its target
-    keeps. `reused`: the connection had carried a request before. `step`: how far the request came.
+    keeps. `reused`: the connection had carried a request before. `step`: how far the request came. `head` is the raw
+    head, where its target keeps it.
     """
 
     status: int
@@ -42,6 +43,7 @@ class Answer(Struct, frozen=True, gc=False):
     excerpt: bytes = b""
     reused: bool = False
     step: Step = "answer"
+    head: bytes = b""
 
 
 _RETRY_AFTER: Final = re.compile(rb"\r\nretry-after:[ \t]*([^\r\n]{0,200})", re.IGNORECASE)

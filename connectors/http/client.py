@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Final, TypeVar
 
 from msgspec import Struct
@@ -24,6 +25,11 @@ from connectors.http.place import Place
 from connectors.http.tls import Identity, client_context
 from schemas.ids import TenantRef
 
+try:
+    _VERSION = version("headgate")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    _VERSION = "dev"
+USER_AGENT: Final = f"Headgate/{_VERSION}"
 TICK_S: Final = 0.1
 IDLE_S: Final = 60.0
 # One address of several may take this long to connect before the next is tried.
@@ -78,6 +84,7 @@ class Target:
         "excerpt_bytes",
         "head",
         "idle",
+        "keeps_head",
         "open",
         "place",
         "tenant",
@@ -90,10 +97,12 @@ class Target:
         place: Place,
         identity: Identity | None,
         excerpt_bytes: int = MAX_EXCERPT_BYTES,
+        keeps_head: bool = False,
     ) -> None:
         self.tenant = tenant
         self.place = place
         self.excerpt_bytes = excerpt_bytes
+        self.keeps_head = keeps_head
         self.closed = False
         self.idle: list[Connection] = []
         self.open = 0  # exchanges under way
@@ -109,6 +118,13 @@ class Target:
         """Begins a POST. `message` is the whole request: `head`, the other header lines with content-length, the body.
 
         `done` is called exactly once, from the event loop, never from inside `post`, within `timeout_s` and a tick.
+        """
+        self._client.begin(self, message, timeout_s, done)
+
+    def send(self, message: bytes, timeout_s: float, done: Done) -> None:
+        """As `post`, of a request with any method and path; of HEAD only where the target keeps heads.
+
+        A stale connection costs a resend, so the far side must bear the same request twice.
         """
         self._client.begin(self, message, timeout_s, done)
 
@@ -193,9 +209,10 @@ class HttpClient:
         place: Place,
         identity: Identity | None = None,
         excerpt_bytes: int = MAX_EXCERPT_BYTES,
+        keeps_head: bool = False,
     ) -> Target:
         """`excerpt_bytes` is how much of an answer's body is kept; beyond `MAX_ANSWER_BYTES` nothing is read."""
-        return Target(self, tenant, place, identity, excerpt_bytes)
+        return Target(self, tenant, place, identity, excerpt_bytes, keeps_head)
 
     def close(self) -> None:
         """Ends every connection; what is under way ends with the fault `closed`."""

@@ -22,6 +22,7 @@ from connectors.http.answer import (
     Answer,
     Fault,
     ends_with_connection,
+    final_head,
     retry_after,
 )
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from connectors.http.client import Exchange, HttpClient
 
 READ_BYTES: Final = 16 * 1024
+# What a large request may send in one turn of the loop: in TLS some 0.3 ms.
+WRITE_BYTES: Final = 256 * 1024
 # An answer up to this size is remembered: most receivers give the same one again and again.
 MAX_USUAL_BYTES: Final = 1024
 _NOT_NOW: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -188,8 +191,12 @@ class Connection:
 
     def _write(self) -> None:
         out = self._out
+        assert out is not None
+        enough = len(out) - WRITE_BYTES
         try:
             while out:
+                if len(out) < enough:
+                    raise BlockingIOError
                 out = out[self._send(out) :]
         except _NOT_NOW:
             self._out = out
@@ -303,6 +310,7 @@ class Connection:
             "" if 200 <= status < 300 else retry_after(self._head),
             self._excerpt,
             self._carried > 1,
+            head=final_head(self._head) if self.target.keeps_head else b"",
         )
         self.exchange = None
         if self._keep and not self._extra and self._out is None and not self.target.closed:
@@ -338,6 +346,13 @@ class Connection:
 
     def on_headers_complete(self) -> None:
         self._headers_done = True
+        if self.target.keeps_head and not self._complete:
+            exchange = self.exchange
+            status = self._parser.get_status_code()
+            if exchange is not None and exchange.message.startswith(b"HEAD ") and status >= 200:
+                # the parser waits for the body that the headers announce and that never comes: the connection goes
+                self._status = status
+                self._complete = True
 
     def on_body(self, data: bytes) -> None:
         room = self.target.excerpt_bytes - len(self._excerpt)

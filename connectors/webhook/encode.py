@@ -3,17 +3,10 @@
 import hashlib
 from binascii import b2a_base64
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from typing import Final
 
 from connectors.body import body
+from connectors.http.client import USER_AGENT
 from schemas.delivery import Delivery
-
-try:
-    _VERSION = version("headgate")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    _VERSION = "dev"
-USER_AGENT: Final = f"Headgate/{_VERSION}"
 
 
 class Signer:

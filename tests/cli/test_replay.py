@@ -249,6 +249,45 @@ def test_letters_whose_destination_is_gone_or_disabled_are_skipped_and_stay(shel
     assert replayed(shell, *ACME) == (1, 1, 0)  # the control
 
 
+def test_letters_that_may_have_arrived_are_skipped_unless_forced(shell: Shell) -> None:
+    letters = Letters(shell)
+    for number in range(2):
+        letters.write("acme", number, error="unknown_outcome")
+    letters.write("acme", 2)
+    letters.write("acme2", 3, error="unknown_outcome")
+    planned = shell.run("dlq", "replay", *ACME, "--dry-run")
+    assert planned.stdout == "3 matched, 0 replayed, 2 skipped\n"
+    why = "skipped: 2 letters: its destination may hold it already (unknown_outcome); --force sends it all the same"
+    assert why in planned.stderr
+    assert replayed(shell, *ACME) == (3, 1, 2)
+    assert replayed(shell, *ACME, "--error", "unknown_outcome") == (2, 0, 2)
+    assert sent(shell) == ["evt_2"]
+    assert listed(shell, *ACME) == ["evt_0", "evt_1"]  # they stay
+    forced = shell.run("dlq", "replay", *ACME, "--error", "unknown_outcome", "--force")
+    assert forced.stdout == "2 matched, 2 replayed, 0 skipped\n"
+    assert sent(shell) == ["evt_0", "evt_1", "evt_2"]
+    # what is done is told as done
+    again = shell.run("dlq", "replay", *ACME)
+    assert "skipped: 3 letters: was replayed or dropped before" in again.stderr
+    assert "may hold it" not in again.stderr
+
+
+def test_a_forced_replay_of_what_may_have_arrived_goes_on_by_its_job(shell: Shell) -> None:
+    letters = Letters(shell)
+    first = letters.write("acme", 1, error="unknown_outcome")
+    letters.write("acme", 2, error="unknown_outcome")
+    job = "0123456789abcdef" + Which(DEFAULT_VENDOR, TenantRef(DEFAULT_VENDOR, ExternalId("acme")), Selectors()).hash()
+    letters.send("pool-00", b"", [("hg-mark", b"replayed"), ("hg-letter", first.encode()), ("hg-replay", job.encode())])
+    assert replayed(shell, *ACME, "--resume", job) == (2, 1, 1)
+    assert sent(shell) == ["evt_2"]
+
+
+def test_letters_that_may_have_arrived_are_dropped_like_others(shell: Shell) -> None:
+    Letters(shell).write("acme", 1, error="unknown_outcome")
+    assert done(shell, "drop", *ACME) == {"matched": 1, "dropped": 1, "skipped": 0}
+    assert listed(shell, *ACME) == []
+
+
 def test_dropped_letters_are_marked_and_nothing_is_sent(shell: Shell) -> None:
     letters = Letters(shell)
     letters.write("acme", 1)

@@ -27,7 +27,8 @@ def test_a_prefix_ends_in_a_dot_and_reaches_no_vendor_whose_name_goes_on(role: R
     assert all(acl.name.endswith(".") for acl in acls if acl.pattern == "prefixed")
     of_another = [
         TOPICS.ingress(ACME2), TOPICS.attempts(ACME2), TOPICS.retry(ACME2, Tag("one")),
-        TOPICS.dead_letters(ACME2, Tag("one")), TOPICS.audit(ACME2),
+        TOPICS.dead_letters(ACME2, Tag("one")), TOPICS.audit(ACME2), TOPICS.stage(ACME2, Tag("one")),
+        TOPICS.stage_cursor(ACME2, Tag("one")),
     ]  # fmt: skip
     for operation in {acl.operation for acl in acls}:
         assert not [topic for topic in of_another if may(acls, operation, topic)]

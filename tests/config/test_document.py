@@ -192,9 +192,8 @@ tenants:
             "headgate.yaml:3:13: tenants[0].topics: 'shared' is not one of own, pooled",
         ),
         (
-            tenant("    destinations:\n      - {id: lake, type: s3}\n"),
-            "headgate.yaml:4:26: tenants[0].destinations[0].type: s3 arrives with a later release; this one has: "
-            "kafka, webhook",
+            tenant("    destinations:\n      - {id: lake, type: s4}\n"),
+            "headgate.yaml:4:26: tenants[0].destinations[0].type: 's4' is no kind of destination; did you mean s3?",
         ),
         (
             destination(URL + "        retry: {also: [410]}\n"),

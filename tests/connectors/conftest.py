@@ -10,6 +10,7 @@ import trustme
 from connectors.egress import Egress
 from tests.connectors.post import LOOPBACK, Clock
 from tests.contract.farsides.kafka import KafkaFarSide
+from tests.contract.farsides.s3 import S3FarSide
 
 
 @pytest.fixture
@@ -47,6 +48,15 @@ def server_tls(authority: trustme.CA) -> ssl.SSLContext:
 async def far() -> AsyncIterator[KafkaFarSide]:
     """A Kafka cluster of a tenant's that does as it is told."""
     made = KafkaFarSide()
+    await made.start()
+    yield made
+    await made.stop()
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[S3FarSide]:
+    """An S3 of a tenant's that does as it is told."""
+    made = S3FarSide()
     await made.start()
     yield made
     await made.stop()

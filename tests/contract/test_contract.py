@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
-from itertools import count
 from typing import Any, cast
 
 import pytest
@@ -22,7 +21,6 @@ from tests.contract.far_side import CANARY, FarSide, Mode, far_side
 ACME = TenantRef(Vendor("default"), ExternalId("acme"))
 HOOK = DestinationId("hook")
 
-_offsets = count(step=100)
 
 EXPECTED: dict[Mode, tuple[Verdict, set[Fault]]] = {
     Mode.UP: ("delivered", {""}),
@@ -90,8 +88,10 @@ def delivery(number: int, payload: bytes = b'{"total":12}') -> Delivery:
 
 
 def batch(*deliveries: Delivery) -> Batch:
-    first = next(_offsets)
-    return Batch(ACME, HOOK, int(time.time() * 1000), Span("cluster/topic", 0, first, first + 99), deliveries)
+    """The same deliveries are the same batch: of a stage kind, the same range of the stage."""
+    offsets = [int(one.origin.rpartition("/")[2]) for one in deliveries]
+    span = Span("cluster/topic", 0, min(offsets), max(offsets))
+    return Batch(ACME, HOOK, int(time.time() * 1000), span, deliveries)
 
 
 async def deliver(connector: Connector, *deliveries: Delivery) -> Mapping[DeliveryId, Outcome]:
@@ -258,7 +258,8 @@ def test_the_example_is_valid_and_what_is_generated_too(spec: Spec[Any, Any]) ->
     spec.options.model_validate(spec.example["options"])
     made = spec.generate()
     assert made != spec.generate() or not made
-    secrets = spec.secrets.model_validate(made)
+    given = {name: field.examples[0] for name, field in spec.secrets.model_fields.items() if field.is_required()}
+    secrets = spec.secrets.model_validate({**given, **made})
     assert set(made) <= set(spec.secrets.model_fields)
     assert all(isinstance(getattr(secrets, name), SecretStr | tuple) for name in made)
 

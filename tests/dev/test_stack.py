@@ -273,9 +273,9 @@ def test_wrong_use_exits_2_and_a_fault_1_without_a_traceback(tmp_path: Path) -> 
     code, out, err = headgate_dev("down", folder=tmp_path)
     assert (code, out) == (2, "")
     assert "nothing in it was touched" in err
-    code, out, err = headgate_dev("up", "--with", "s3,bigquery", folder=tmp_path / "new")
+    code, out, err = headgate_dev("up", "--with", "s3,gcs", folder=tmp_path / "new")
     assert (code, out) == (2, "")
-    assert "s3 arrives with a later release" in err
+    assert "unknown service 'gcs'; known are s3, bigquery" in err
     assert not (tmp_path / "new").exists()
     code, out, err = headgate_dev("up", folder=Path("/proc/nowhere"))
     assert (code, out) == (1, "")

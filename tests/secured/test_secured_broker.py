@@ -24,13 +24,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from cli.apply import apply_document
 from cli.keys import shred_tenant
-from config.acls import Acl, Role
-from config.kafka import client_config
+from config.acls import Acl, Role, stage_transactional_id
+from config.kafka import KafkaFault, client_config
+from config.provision import delete_topics, provision
 from config.settings import Settings
 from dev import broker, certificates, jars
 from dev.inbox import ACCEPT, Refuse, fail_first
 from dev.stack import Stack
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef, Vendor
+from schemas.topics import tenant_topics
 from tests.cli.shell import headgate
 from tests.deployment import ROOT, Worker, event, eventually, free_port
 from tests.secured.users import Secured
@@ -88,6 +90,37 @@ def begin(kafka: dict[str, Any], transactional_id: str) -> str:
         Producer(client_config({**kafka, "transactional.id": transactional_id})).init_transactions(20)
     except KafkaException as exception:
         return str(exception.args[0].name())
+    return ""
+
+
+def move(settings: Settings, tag: Tag, transactional_id: str) -> str:
+    """What the broker answers to who reads a stage and its cursors, and commits a batch: nothing, or a refusal's name.
+
+    What it commits is where it was, so that it can be done again.
+    """
+    kafka, topics = settings.kafka.confluent(), settings.topics
+    stage, cursor = topics.stage(DEFAULT_VENDOR, tag), topics.stage_cursor(DEFAULT_VENDOR, tag)
+    if refusal := next(filter(None, read(kafka, stage, cursor).values()), ""):
+        return refusal
+    group = {"group.id": topics.group("stage"), "auto.offset.reset": "earliest", "enable.auto.commit": False}
+    consumer = Consumer(client_config({**kafka, **group}))
+    producer = Producer(client_config({**kafka, "transactional.id": transactional_id}))
+    try:
+        producer.init_transactions(20)  # ends one that was refused midway
+        consumer.subscribe([stage])
+        message = consumer.poll(20)
+        assert message is not None, "nothing came of the stage"
+        if message.error() is not None:
+            return str(message.error().name())
+        producer.begin_transaction()
+        producer.produce(cursor, b"{}", b"k")
+        place = TopicPartition(stage, message.partition() or 0, message.offset() or 0)
+        producer.send_offsets_to_transaction([place], consumer.consumer_group_metadata(), 20)
+        producer.commit_transaction(20)
+    except KafkaException as exception:
+        return str(exception.args[0].name())
+    finally:
+        consumer.close()
     return ""
 
 
@@ -257,6 +290,40 @@ async def test_what_a_role_does_not_do_is_refused_until_somebody_gives_it_the_ri
         kafka = secured.as_user(role).kafka.confluent()
         assert begin(kafka, take_over) == "TRANSACTIONAL_ID_AUTHORIZATION_FAILED"
     assert begin(secured.as_user("control").kafka.confluent(), take_over) == ""
+
+
+async def test_batches_of_a_stage_are_committed_by_a_worker_with_each_of_its_rights_and_by_nobody_else(
+    secured: Secured,
+) -> None:
+    topics, tag, sizes = secured.settings.topics, Tag("acme"), secured.settings.sizes
+    await secured.apply({"tenants": [secured.tenant("acme")]})
+    specs = [spec for spec in tenant_topics(topics, DEFAULT_VENDOR, tag, sizes, staged=True) if ".stage" in spec.name]
+    control = secured.as_user("control").kafka.confluent()
+    provision(control, specs, replication_factor=1, grow=frozenset(), say=lambda _: None)
+    worker = secured.as_user("worker")
+    stage, cursor = topics.stage(DEFAULT_VENDOR, tag), topics.stage_cursor(DEFAULT_VENDOR, tag)
+    assert write(worker.kafka.confluent(), stage, cursor) == {stage: "", cursor: ""}
+    mine = stage_transactional_id(topics, "w0")
+    assert move(worker, tag, mine) == ""
+    needed = [acl for acl in secured.rights("worker") if "stage" in acl.name]
+    needed.remove(Acl("topic", topics.stage(DEFAULT_VENDOR, Tag("")), "prefixed", "Write"))  # the route agent's
+    assert len(needed) == 5
+    for acl in needed:
+        secured.take("worker", acl)
+        assert "AUTHORIZATION_FAILED" in move(worker, tag, mine), acl
+        secured.give("worker", acl)
+        assert move(worker, tag, mine) == "", acl  # the control
+    # neither under the name of a control plane, nor under one that goes on where ours ends
+    for foreign in (f"{secured.prefix}.apply.default", f"{secured.prefix}.stages.w0"):
+        assert move(worker, tag, foreign) == "TRANSACTIONAL_ID_AUTHORIZATION_FAILED"
+    for role in ("producer", "operator", "control"):
+        user = secured.as_user(role)  # type: ignore[arg-type]
+        assert read(user.kafka.confluent(), stage, cursor) == {stage: REFUSED, cursor: REFUSED}
+        assert write(user.kafka.confluent(), stage, cursor) == {stage: REFUSED, cursor: REFUSED}
+        assert begin(user.kafka.confluent(), mine) == "TRANSACTIONAL_ID_AUTHORIZATION_FAILED"
+    with pytest.raises(KafkaFault, match=f"delete topic {re.escape(stage)}"):
+        delete_topics(secured.as_user("operator").kafka.confluent(), [stage])
+    assert set(delete_topics(control, [stage, cursor])) == {stage, cursor}
 
 
 async def test_a_vendor_ends_at_its_name(stack: Stack) -> None:
