@@ -11,6 +11,7 @@ import atexit
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from functools import cache
 from pathlib import Path
@@ -105,9 +106,11 @@ class BigQueryProxy:
         self.asked: list[str] = []  # methods of gRPC, and of REST with the path
         self.appends: list[int] = []  # rows of each request
         self.streams: list[str] = []  # that were opened
+        self.fences = True  # else a stream that is ended says how many rows it has, and takes more
         self.forget_streams = False  # it knows none of them any more
         self.on: Callable[[str], None] = lambda step: None  # called when something has reached the emulator, or left
         self.place = BigQueryPlace("", "")
+        self._held: Counter[str] = Counter()
         self._required: dict[str, set[str]] = {}
         self._columns: dict[str, list[str]] = {}
         self._changed = False
@@ -228,6 +231,9 @@ class BigQueryProxy:
             return b"\xff\x16\x03\x01 this is no message"
         if self.forget_streams and method == "FinalizeWriteStream":
             await _fail(context, failure(grpc.StatusCode.NOT_FOUND, storage_error=3))
+        if not self.fences and method == "FinalizeWriteStream":
+            held = self._held[types.FinalizeWriteStreamRequest.pb().FromString(asked).name]
+            return bytes(types.FinalizeWriteStreamResponse.pb()(row_count=held).SerializeToString())
         self.on(f"before {method}")
         try:
             answer: bytes = await self._upstream.unary_unary(SERVICE + method)(asked)
@@ -274,6 +280,8 @@ class BigQueryProxy:
                 answer = await upstream.read()
                 if answer is grpc.aio.EOF:
                     await _fail(context, failure(await upstream.code()))
+                if not AppendResponse.FromString(answer).HasField("error"):
+                    self._held[stream] += len(rows)
                 self.on("after AppendRows")
                 if does == LOST:
                     self.drop()

@@ -17,6 +17,7 @@ from connectors.contract import NotOwned
 from schemas.delivery import Delivery
 from schemas.ids import DeliveryId
 from schemas.outcome import Outcome
+from tests.bigquery_proxy import MUTE
 from tests.connectors.bigqueries import POISON, Kept, connected, delivery, held, poisoned, until_settled
 from tests.contract.farsides.bigquery import BigQueryFarSide
 
@@ -134,15 +135,12 @@ async def test_a_batch_that_is_killed_at_any_await_is_stored_once(
     assert run > 10
 
 
-@pytest.mark.parametrize("every", EVERY)
-@pytest.mark.parametrize("name", BATCHES)
-async def test_an_owner_that_stalls_at_any_await_and_goes_on_later_stores_nothing_twice(
-    far: BigQueryFarSide, pieces: None, name: str, every: int
-) -> None:
+async def stalled_everywhere(far: BigQueryFarSide, batch: tuple[Delivery, ...], every: int) -> list[str]:
+    """Stalls an owner at each await in turn, lets another one deliver, and the first go on; what should be stored."""
     far.proxy.poison = POISON
     expected: list[str] = []
     for run in range(1, 1000, every):
-        deliveries, kept, connector = named_anew(BATCHES[name], run), Kept(), connected(far)
+        deliveries, kept, connector = named_anew(batch, run), Kept(), connected(far)
         steps = Steps(run, stall=True)
         old = asyncio.create_task(steps.run(connector.deliver(kept.batch(*deliveries))))
         stalled = asyncio.create_task(steps.stalled.wait())
@@ -160,5 +158,40 @@ async def test_an_owner_that_stalls_at_any_await_and_goes_on_later_stores_nothin
         expected += good(deliveries)
         if ended:
             break
-    assert Counter(held(far.proxy)) == Counter(expected)
     assert run > 10
+    return expected
+
+
+@pytest.mark.parametrize("every", EVERY)
+@pytest.mark.parametrize("name", BATCHES)
+async def test_an_owner_that_stalls_at_any_await_and_goes_on_later_stores_nothing_twice(
+    far: BigQueryFarSide, pieces: None, name: str, every: int
+) -> None:
+    expected = await stalled_everywhere(far, BATCHES[name], every)
+    assert Counter(held(far.proxy)) == Counter(expected)
+
+
+async def test_control_a_stream_that_is_not_ended_takes_the_rows_of_a_stalled_owner_too(
+    far: BigQueryFarSide, pieces: None
+) -> None:
+    far.proxy.fences = False
+    expected = await stalled_everywhere(far, BATCHES["several requests"], 1)
+    assert set(held(far.proxy)) == set(expected)
+    assert max(Counter(held(far.proxy)).values()) == 2
+
+
+async def test_control_a_killed_batch_of_which_nothing_was_kept_is_stored_twice(
+    far: BigQueryFarSide, pieces: None
+) -> None:
+    batch, kept, stored = BATCHES["several requests"], Kept(), asyncio.Event()
+    far.proxy.script = [MUTE]
+    far.proxy.on = lambda step: stored.set() if step == "after AppendRows" else None
+    connector = connected(far)
+    killed = asyncio.create_task(connector.deliver(kept.batch(*batch)))
+    await stored.wait()
+    killed.cancel()
+    await asyncio.wait({killed})
+    await connector.close()
+    kept.noted = b""
+    await until_settled(far, kept, *batch)
+    assert max(Counter(held(far.proxy)).values()) == 2
