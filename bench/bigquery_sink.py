@@ -37,34 +37,34 @@ from schemas.ids import DeliveryId, DestinationId, ExternalId, TenantRef, Vendor
 ACME: Final = TenantRef(Vendor("default"), ExternalId("acme"))
 SINK: Final = DestinationId("sink")
 BATCH: Final = 8192
+SERVICE: Final = "google.cloud.bigquery.storage.v1.BigQueryWrite"
 STREAM: Final = "projects/p/datasets/d/tables/t/streams/s"
 
 _Append: Final = types.AppendRowsRequest.pb()
 _Appended: Final = types.AppendRowsResponse.pb()
 
 
-class FarSide(grpc.GenericRpcHandler):
-    def service(self, details: Any) -> Any:
-        match details.method.rpartition("/")[2]:
-            case "CreateWriteStream":
-                stream = types.WriteStream.pb()(name=STREAM).SerializeToString()
-                return grpc.unary_unary_rpc_method_handler(lambda asked, context: stream)
-            case "AppendRows":
-                return grpc.stream_stream_rpc_method_handler(self._append)
-        return None
+def _create(asked: bytes, context: Any) -> bytes:
+    stream: bytes = types.WriteStream.pb()(name=STREAM).SerializeToString()
+    return stream
 
-    def _append(self, asked: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        for content in asked:
-            request = _Append.FromString(content)
-            assert len(request.proto_rows.rows.serialized_rows) > 0
-            answer = _Appended()
-            answer.append_result.offset.value = request.offset.value
-            yield answer.SerializeToString()
+
+def _append(asked: Iterator[bytes], context: Any) -> Iterator[bytes]:
+    for content in asked:
+        request = _Append.FromString(content)
+        assert len(request.proto_rows.rows.serialized_rows) > 0
+        answer = _Appended()
+        answer.append_result.offset.value = request.offset.value
+        yield answer.SerializeToString()
 
 
 def serve(told: Connection) -> None:
     server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
-    server.add_generic_rpc_handlers((FarSide(),))
+    handlers = {
+        "CreateWriteStream": grpc.unary_unary_rpc_method_handler(_create),
+        "AppendRows": grpc.stream_stream_rpc_method_handler(_append),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     told.send(server.add_insecure_port("127.0.0.1:0"))
     server.start()
     told.recv()
