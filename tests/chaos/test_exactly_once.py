@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.broker, pytest.mark.timeout(1800)]
 NOWHERE = {"REDIS_URL": "redis://127.0.0.1:1/0", "COMMIT_INTERVAL": "100ms"}
 QUICK: dict[str, Any] = {"schedule": ["0s", *["1s"] * 48], "max_age": "2h"}
 WORKER = "w0"
+SLICES = 20
+SLICE_S = 0.2
 ACME = TenantRef(Vendor("default"), ExternalId("acme"))
 TYPES = ("invoice.paid", "order.placed")
 ILL = (Mode.THROTTLED, Mode.HANGS, Mode.RESETS)
@@ -122,8 +124,11 @@ class Story:
     async def killed_around_a_flush(self, dice: random.Random, *without: str) -> None:
         """Publishes, and kills the worker within moments of a request of its own."""
         running = await self.worker(*without).ready()
+        for _ in range(SLICES):  # over longer than the longest window, so that batches begin at different records
+            await self.publish(10)
+            await asyncio.sleep(SLICE_S)
         before = self.rig.requests()
-        await self.publish(100)
+        await self.publish(50)
         await eventually(lambda: self.rig.requests() > before, "the far side is asked", 60)
         await asyncio.sleep(dice.random() * 0.2)
         running.kill()
