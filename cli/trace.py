@@ -1,14 +1,15 @@
 """`headgate trace`: what became of one event of one tenant.
 
-Read are the tenant's partition of the attempts topic and its tag's retry and dead-letter topics, once each, to the ends
-that they had at the start; kept is only what belongs to the event, so that memory does not grow with the log. They are
-read in the order retry, dead letters, attempts: what moves on meanwhile is then seen where it went. A topic of a pool
-holds other tenants' records too: those are passed over by their headers, and only this tenant's key opens anything.
+Read are the tenant's partition of the attempts topic and its tag's retry and dead-letter topics, to the ends that they
+had at the start: once each, but for attempts of batches, which name deliveries alone and are looked for when those are
+known. Kept is only what belongs to the event, so that memory does not grow with the log. They are read in the order
+retry, dead letters, attempts: what moves on meanwhile is then seen where it went. A topic of a pool holds records of
+other tenants too: those are passed over by their headers, and only this tenant's key opens anything.
 """
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from datetime import datetime
 from time import monotonic, time
 from typing import Final
@@ -46,6 +47,7 @@ from schemas.attempt import (
     attempt_aad_item,
     decode_answer,
     decode_record,
+    listed,
 )
 from schemas.event import rfc3339
 from schemas.ids import DeliveryId, ExternalId, Tag, TenantRef, Vendor, attempt_digest, base32
@@ -55,14 +57,17 @@ from schemas.wire import Parked, read_parked, unread_of
 MAX_EVENTS: Final = 100
 MAX_ATTEMPTS: Final = 2000
 MAX_CHAINS: Final = 2000
+MAX_SKEW_MS: Final = 60_000  # between the clocks of workers
 PROGRESS_EVERY_S: Final = 2.0
 
 _DEFAULT_ID: Final = re.compile(r"(.+)-([0-9a-f]{8})-(\d{1,9})-(\d{1,18})")
+_LISTS: Final = b'"deliveries":['  # as no other record has it: an event's has an object there
 _WHY_NOT: Final = {"type": "the route names other types", "where": "its filter is false"}
 
 
 class Attempt(Struct, frozen=True, omit_defaults=True):
-    """`detail` and `answer` (the start of what the far side said) were sealed: empty where they do not open."""
+    """`detail` and `answer` (the start of what the far side said) were sealed: empty where they do not open. `batch`:
+    what was tried with others, as one."""
 
     attempt: int
     at: str
@@ -77,6 +82,7 @@ class Attempt(Struct, frozen=True, omit_defaults=True):
     receipt: str = ""
     detail: str = ""
     answer: str = ""
+    batch: str = ""
 
 
 class Now(Struct, frozen=True, omit_defaults=True):
@@ -176,6 +182,8 @@ class _Found:
         self.omitted = 0
         self.unread = 0
         self.log_since_ms = 0
+        self.routed_ms = 0
+        self.batches = False
 
     def retry(self, message: Message, committed: Mapping[int, int]) -> None:
         parked = self._parked(message)
@@ -214,14 +222,10 @@ class _Found:
         if not self.log_since_ms or at_ms < self.log_since_ms:
             self.log_since_ms = at_ms
         value = message.value() or b""
+        self.batches = self.batches or _LISTS in value
         if self._needle not in value:  # decoding all would cost ten times this
             return
-        try:
-            record = decode_record(value)
-        except (msgspec.DecodeError, RecursionError):
-            return
-        if record.vendor != self._owner.vendor or record.tenant != self._owner.tenant:
-            return
+        record = self._own(value)
         match record:
             case EventRecord():
                 if not (self._wanted in (record.eventId, record.id) or self._wanted in record.deliveries.values()):
@@ -232,11 +236,40 @@ class _Found:
                 if not content:
                     record.sealed = None
                 self.events[record.id] = record
-            case AttemptRecord():
-                if self._wanted not in (record.eventId, record.delivery):
-                    return
-                self.omitted += len(self.attempts) == MAX_ATTEMPTS
-                self.attempts.append(record)
+                self.routed_ms = min(self.routed_ms or at_ms, at_ms)
+            case AttemptRecord() if not record.deliveries and self._wanted in (record.eventId, record.delivery):
+                self._keep(record)
+
+    @property
+    def deliveries(self) -> set[str]:
+        """All that are known to be the event's; the one that is wanted, where it is one."""
+        named = {delivery for event in self.events.values() for delivery in event.deliveries.values()}
+        if self._wanted in named:
+            return {self._wanted}
+        named |= {delivery for delivery, _ in self.chains} | {record.delivery for record in self.attempts}
+        return named | {self._wanted}
+
+    def batch(self, message: Message, deliveries: Set[str]) -> None:
+        """A record of the attempts topic, now that the event's deliveries are known: these are kept."""
+        value = message.value() or b""
+        record = self._own(value) if _LISTS in value else None
+        if not isinstance(record, AttemptRecord):
+            return
+        record.deliveries = [one for one in record.deliveries if one.partition("/")[0] in deliveries]
+        if record.deliveries:
+            self._keep(record)
+
+    def _own(self, value: bytes) -> EventRecord | AttemptRecord | None:
+        """None for what is not this tenant's."""
+        try:
+            record = decode_record(value)
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        return record if (record.vendor, record.tenant) == (self._owner.vendor, self._owner.tenant) else None
+
+    def _keep(self, record: AttemptRecord) -> None:
+        self.omitted += len(self.attempts) == MAX_ATTEMPTS
+        self.attempts.append(record)
 
     def _parked(self, message: Message) -> Parked | None:
         parked = read_parked(message.headers() or [])
@@ -319,6 +352,11 @@ def _read(
     key = owner.tenant.encode()
     for message in _records(settings, topics.attempts(owner.vendor), since, key):
         found.logged(message, content=content)
+    if found.batches:
+        since, deliveries = max(since or 0, found.routed_ms - MAX_SKEW_MS), found.deliveries
+        for message in _records(settings, topics.attempts(owner.vendor), since, key):
+            if message.key() == key:
+                found.batch(message, deliveries)
 
 
 def _records(settings: Settings, topic: str, since_ms: int | None, key: bytes | None = None) -> Iterator[Message]:
@@ -445,8 +483,9 @@ def _events(
     owner: TenantRef, current: CurrentTenant, found: _Found, opener: _Opener, wanted: str, *, content: bool
 ) -> Iterator[EventTrace]:
     attempts: dict[str, list[AttemptRecord]] = {}
-    for record in found.attempts:
-        attempts.setdefault(record.delivery, []).append(record)
+    for record in sorted(found.attempts, key=lambda record: record.at):
+        for delivery in dict.fromkeys([one.partition("/")[0] for one in record.deliveries or (record.delivery,)]):
+            attempts.setdefault(delivery, []).append(record)
     left = dict.fromkeys([*attempts, *(delivery for delivery, _ in found.chains)])
     for event in sorted(found.events.values(), key=lambda event: event.at):
         deliveries = {
@@ -478,11 +517,12 @@ def _events(
         of_it = attempts.get(delivery, [])
         parked = [each for (name, _), chain in found.chains.items() if name == delivery for each in _copies(chain)]
         destination = of_it[0].destination if of_it else parked[0].destination if parked else ""
+        alone = [record for record in of_it if not record.deliveries]  # a batch names no event
         yield EventTrace(
-            eventId=of_it[0].eventId if of_it else parked[0].event if parked else "",
-            eventType=of_it[0].eventType if of_it else parked[0].event_type if parked else "",
+            eventId=alone[0].eventId if alone else parked[0].event if parked else "",
+            eventType=alone[0].eventType if alone else parked[0].event_type if parked else "",
             deliveries=[_delivery(owner, current, found, opener, delivery, destination, of_it)],
-            origin=of_it[0].origin if of_it else parked[0].origin if parked else "",
+            origin=alone[0].origin if alone else parked[0].origin if parked else "",
         )
 
 
@@ -544,18 +584,23 @@ def _attempt(opener: _Opener, record: AttemptRecord) -> Attempt:
         record.receipt,
         "" if answer is None else answer.detail,
         "" if answer is None else answer.excerpt.decode("utf-8", "replace"),
+        record.delivery if record.deliveries else "",
     )
 
 
 def _now(delivery: str, chains: Mapping[str, _Chain], records: Sequence[AttemptRecord]) -> Now:
     """Where a delivery is: by its newest replay job, or by what was before any."""
     replay = max(chains, key=lambda job: (job != "", chains[job].newest_ms), default="")
+    chain = chains.get(replay, _Chain())
     own = [record for record in records if _is_of(delivery, record, replay)]
     for record in own:
         if record.verdict == "delivered":
             return Now("delivered", record.at, record.code if record.code != "ok" else "", replay=replay)
-    chain = chains.get(replay, _Chain())
     letter, retry = chain.letter, chain.retry
+    last = own[-1] if own else None
+    if last is not None and last.deliveries and last.nextAt and last.at > rfc3339(chain.newest_ms):
+        # its batch waits, as one record that names no delivery
+        return Now("waiting", last.at, last.code, last.nextAt, replay=replay)
     if letter is not None and (retry is None or letter.hop >= retry.hop):
         state = {"dropped": "dropped", "replayed": "in_flight"}.get(chain.mark, "dead")
         return Now(state, rfc3339(chain.letter_at_ms), letter.error, letter=chain.letter_at, replay=replay)
@@ -564,13 +609,15 @@ def _now(delivery: str, chains: Mapping[str, _Chain], records: Sequence[AttemptR
             return Now("in_flight", rfc3339(chain.retry_at_ms), retry.error, replay=replay)
         due = rfc3339(retry.not_before_ms)
         return Now("waiting", rfc3339(chain.retry_at_ms), retry.error, due, parks=retry.parks, replay=replay)
-    if own:  # what followed it is not in the topics any more
-        return Now("unknown", own[-1].at, own[-1].code, replay=replay)
+    if last is not None:  # what followed it is not in the topics any more
+        return Now("unknown", last.at, last.code, replay=replay)
     return Now("in_flight", replay=replay)
 
 
 def _is_of(delivery: str, record: AttemptRecord, replay: str) -> bool:
-    """Whether an attempt belongs to a replay job: its id is a hash that says so."""
+    """Whether an attempt belongs to a replay job: its id is a hash that says so, or a batch's list."""
+    if record.deliveries:
+        return listed(delivery, replay) in record.deliveries
     return record.id == "att_" + base32(attempt_digest(DeliveryId(delivery), record.attempt, replay))
 
 
@@ -588,7 +635,10 @@ def _show(trace: Trace) -> None:
 
 
 def _show_event(event: EventTrace) -> None:
-    click.echo(f"event {printable(event.eventId)} ({printable(event.eventType)})")
+    named = (
+        f"{printable(event.eventId)} ({printable(event.eventType)})" if event.eventId else "that is not known any more"
+    )
+    click.echo(f"event {named}")
     facts = [
         ("routed", event.at and f"{event.at} by {event.worker}, configuration {event.configVersion}"),
         ("origin", event.origin),

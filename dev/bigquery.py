@@ -9,6 +9,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any, Final
@@ -84,6 +85,17 @@ def make_dataset(rest_port: int, project: str, dataset: str) -> None:
 def tables(rest_port: int, project: str, dataset: str) -> list[str]:
     found = _ask("GET", rest_port, f"/bigquery/v2/projects/{project}/datasets/{dataset}/tables?maxResults=1000")
     return [table["tableReference"]["tableId"] for table in found.get("tables", ())]
+
+
+def table(rest_port: int, project: str, dataset: str, name: str) -> Any:
+    """As the REST API describes it."""
+    return _ask("GET", rest_port, f"/bigquery/v2/projects/{project}/datasets/{dataset}/tables/{name}")
+
+
+def make_table(rest_port: int, project: str, dataset: str, name: str, columns: Sequence[Mapping[str, str]]) -> None:
+    reference = {"projectId": project, "datasetId": dataset, "tableId": name}
+    what = {"tableReference": reference, "schema": {"fields": columns}}
+    _ask("POST", rest_port, f"/bigquery/v2/projects/{project}/datasets/{dataset}/tables", what)
 
 
 def query(rest_port: int, project: str, sql: str) -> list[list[str | None]]:

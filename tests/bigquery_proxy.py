@@ -11,6 +11,7 @@ import atexit
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.rpc import error_details_pb2, status_pb2
 
 from config.settings import BigQueryPlace
+from connectors.bigquery.encode import COLUMNS
 from dev import bigquery, process, wait
 from tests.contract.far_side import CANARY, Mode
 
@@ -104,8 +106,11 @@ class BigQueryProxy:
         self.asked: list[str] = []  # methods of gRPC, and of REST with the path
         self.appends: list[int] = []  # rows of each request
         self.streams: list[str] = []  # that were opened
+        self.fences = True  # else a stream that is ended says how many rows it has, and takes more
+        self.forget_streams = False  # it knows none of them any more
         self.on: Callable[[str], None] = lambda step: None  # called when something has reached the emulator, or left
         self.place = BigQueryPlace("", "")
+        self._held: Counter[str] = Counter()
         self._required: dict[str, set[str]] = {}
         self._columns: dict[str, list[str]] = {}
         self._changed = False
@@ -177,6 +182,16 @@ class BigQueryProxy:
     def tables(self) -> list[str]:
         return bigquery.tables(self._rest_port, PROJECT, self.dataset)
 
+    def table(self, name: str) -> Any:
+        return bigquery.table(self._rest_port, PROJECT, self.dataset, name)
+
+    def make_table(self, name: str, columns: list[dict[str, str]]) -> None:
+        bigquery.make_table(self._rest_port, PROJECT, self.dataset, name, columns)
+
+    def columns(self) -> list[dict[str, str]]:
+        """Those that are written."""
+        return [{"name": name, "type": kind, "mode": "NULLABLE"} for name, kind, _ in COLUMNS]
+
     # ---------------------------------------------------------------- gRPC
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -214,6 +229,11 @@ class BigQueryProxy:
         await self.admit(method, context)
         if self.mode is Mode.GARBLED:
             return b"\xff\x16\x03\x01 this is no message"
+        if self.forget_streams and method == "FinalizeWriteStream":
+            await _fail(context, failure(grpc.StatusCode.NOT_FOUND, storage_error=3))
+        if not self.fences and method == "FinalizeWriteStream":
+            held = self._held[types.FinalizeWriteStreamRequest.pb().FromString(asked).name]
+            return bytes(types.FinalizeWriteStreamResponse.pb()(row_count=held).SerializeToString())
         self.on(f"before {method}")
         try:
             answer: bytes = await self._upstream.unary_unary(SERVICE + method)(asked)
@@ -260,6 +280,8 @@ class BigQueryProxy:
                 answer = await upstream.read()
                 if answer is grpc.aio.EOF:
                     await _fail(context, failure(await upstream.code()))
+                if not AppendResponse.FromString(answer).HasField("error"):
+                    self._held[stream] += len(rows)
                 self.on("after AppendRows")
                 if does == LOST:
                     self.drop()
@@ -309,13 +331,27 @@ class BigQueryProxy:
                 request.transport.abort()
                 await asyncio.Event().wait()
         self.on(f"before {request.method}")
+        if request.method == "PATCH":
+            self._changed = True
+            name = request.path.rpartition("/")[2]
+            await asyncio.to_thread(self._widen, name, await request.json())
         url = bigquery.rest_url(self._rest_port) + request.path_qs
         kept = {name: value for name, value in request.headers.items() if name.lower() in ("content-type", "if-match")}
         async with self._session.request(request.method, url, data=await request.read(), headers=kept) as answer:
             content = await answer.read()
-        self._changed = self._changed or request.method == "PATCH"
         self.on(f"after {request.method}")
         return web.Response(status=answer.status, body=content, content_type="application/json")
+
+    def _widen(self, name: str, told: Any) -> None:
+        """By DDL: the emulator's own PATCH changes what it says of a table, and not the table."""
+        there = {field["name"]: field for field in self.table(name)["schema"]["fields"]}
+        wanted = {field["name"]: field for field in told["schema"]["fields"]}
+        assert set(told) == {"schema"}
+        assert list(wanted)[: len(there)] == list(there)  # BigQuery takes no column away
+        for field in list(wanted.values())[len(there) :]:
+            assert field["mode"] == "NULLABLE"
+            where = f"`{PROJECT}.{self.dataset}.{name}`"
+            bigquery.query(self._rest_port, PROJECT, f"ALTER TABLE {where} ADD COLUMN {field['name']} {field['type']}")
 
 
 class _Handler(grpc.GenericRpcHandler):

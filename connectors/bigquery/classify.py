@@ -5,6 +5,7 @@ and name, so that this module needs none of their libraries. What only a person 
 table, a column of the wrong type) is tried again: a late grant must not kill a backlog.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -185,10 +186,13 @@ def _of_http(status: int) -> str:
 
 # ---------------------------------------------------------------- refused rows
 
+_WORD: Final = re.compile(r"\w+")
+
 
 def refusal(error: str, message: str, columns: tuple[str, ...]) -> str:
     """The reason of a refused row, which may be kept in the open: the error's name, and the column that it names."""
-    named = [column for column in columns if column in message.replace(".", " ").replace("'", " ").split()]
+    words = set(_WORD.findall(message))
+    named = [column for column in columns if column in words]
     return f"{error}:{named[0]}" if len(named) == 1 else error
 
 

@@ -198,7 +198,8 @@ class BigQueryConnector:
                     work.stored[index] = 1
             del work.streams[table]
 
-        await _each(settle(table, *place) for table, place in list(work.streams.items()))
+        if work.streams:
+            await _each(settle(table, *place) for table, place in list(work.streams.items()))
 
     async def _store(self, work: _Work, deadline: float) -> None:
         """Round by round, until all rows are stored or refused, or a table has a fault."""
@@ -287,8 +288,7 @@ class BigQueryConnector:
                 work.answers[indexes[at]] = answer
             if end.usable:
                 self._streams[table] = _Stream(streams[table].name, streams[table].rows + end.stored)
-        if work.streams:
-            await self._settle(work)
+        await self._settle(work)
         for table, end in ends.items():
             if table in work.streams:  # it is still not known, but for what was answered
                 for index in left[table][: end.stored]:
@@ -355,7 +355,11 @@ async def _encoded(batch: Batch) -> list[bytes | str]:
 
 
 async def _each(steps: Iterable[Coroutine[None, None, None]]) -> None:
-    """All of them, a few at a time."""
+    """All of them, at least one, a few at a time."""
+    first, *others = steps
+    if not others:
+        await first
+        return
     room = asyncio.Semaphore(TABLES_AT_ONCE)
 
     async def one(step: Coroutine[None, None, None]) -> None:
@@ -363,7 +367,7 @@ async def _each(steps: Iterable[Coroutine[None, None, None]]) -> None:
             await step
 
     async with asyncio.TaskGroup() as group:
-        for step in steps:
+        for step in (first, *others):
             group.create_task(one(step))
 
 

@@ -179,6 +179,14 @@ def without_places(_: Point) -> None:
     Router._place = nowhere  # type: ignore[method-assign]
 
 
+def without_notes(_: Point) -> None:
+    """The safeguard taken out: a batch that is delivered again knows nothing of the first time."""
+
+    async def forget(_batch: StagedBatch, _noted: bytes) -> None: ...
+
+    StagedBatch._note = forget  # type: ignore[method-assign]
+
+
 POINTS: Final[Mapping[str, Callable[[Point], None]]] = {
     "staged": staged,
     "gathered": gathered,
@@ -193,7 +201,11 @@ POINTS: Final[Mapping[str, Callable[[Point], None]]] = {
     "offsets_sent": partial(_writing, method="send_offsets_to_transaction", after=True),
     "cursor_committed": partial(_writing, method="commit_transaction", after=True),
 }
-WITHOUT: Final[Mapping[str, Callable[[Point], None]]] = {"cursors": without_cursors, "places": without_places}
+WITHOUT: Final[Mapping[str, Callable[[Point], None]]] = {
+    "cursors": without_cursors,
+    "places": without_places,
+    "notes": without_notes,
+}
 
 
 def main() -> None:

@@ -7,23 +7,24 @@ from confluent_kafka.admin import NewTopic
 
 from cli.keys import shred_tenant
 from config.provision import topic_settings
-from connectors.contract import Feed
 from connectors.registry import KINDS
 from schemas.ids import DEFAULT_VENDOR, ExternalId, Tag, TenantRef
 from schemas.topics import DAY_MS, FEW
 from tests.cli.test_doctor import admin, alter, checks
 from tests.deployment import Deployment, eventually
+from tests.files import SPEC
 
-STAGED = frozenset(kind for kind, spec in KINDS.items() if spec.feed is Feed.STAGE)
-pytestmark = [pytest.mark.broker, pytest.mark.skipif(not STAGED, reason="no kind of destination has a stage")]
+pytestmark = pytest.mark.broker
+
+
+@pytest.fixture(autouse=True)
+def kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, SPEC.kind, SPEC)  # type: ignore[arg-type]
 
 
 def staged(external_id: str, **more: Any) -> dict[str, Any]:
-    """A tenant with a destination of a stage kind, as the kind itself has it for an example."""
-    kind = min(STAGED)
-    example = KINDS[kind].example
-    secrets = {name: {"value": "a secret"} for name in example.get("secrets", {})}
-    destination = {"id": "store", "type": kind, "options": example["options"], "secrets": secrets, **more}
+    """A tenant with a destination of a stage kind."""
+    destination = {"id": "store", "type": SPEC.kind, "options": SPEC.example["options"], **more}
     return {"externalId": external_id, "destinations": [destination]}
 
 
