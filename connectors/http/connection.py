@@ -170,7 +170,7 @@ class Connection:
         message = exchange.message
         send = self._send
         try:
-            sent = send(message)
+            sent = send(message if len(message) <= WRITE_BYTES else memoryview(message)[:WRITE_BYTES])
         except _NOT_NOW:
             sent = 0
         except OSError:

@@ -76,7 +76,7 @@ class S3Connector:
             session = f"headgate-{base32(digest(parts(tenant.vendor, tenant.tenant, destination)))[:16]}"
             self._holder = Role(self._sts, base, options.role, options.external_id, session)
         service = Service(egress, tenant, "s3", options.region, options.place, options.path_style, options.timeout_s)
-        self._bucket = Bucket(service, self._holder, options)
+        self._bucket = Bucket(service, self._holder, options, self._shop)
         self._steps: tuple[StepName, ...] = ("connect", "write", "once", "read", "delete")
         if options.role:
             self._steps = ("connect", "role", "write", "once", "read", "delete")

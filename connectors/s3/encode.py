@@ -20,9 +20,9 @@ from schemas.event import EMPTY_OBJECT, rfc3339
 from schemas.ids import DestinationId, TenantRef, base32, digest, parts, percent
 
 MAX_KEY_BYTES: Final = 1024
-# How many lines, and of what size together, are made before the event loop goes on: a millisecond or less.
-SLICE_EVENTS: Final = 256
-SLICE_BYTES: Final = 256 * 1024
+# How many lines, and of what size together, are made before the event loop goes on: a millisecond or two.
+SLICE_EVENTS: Final = 128
+SLICE_BYTES: Final = 128 * 1024
 EXTENSIONS: Final = {"gzip": "ndjson.gz", "zstd": "ndjson.zst", "none": "ndjson"}
 GZIP_LEVEL: Final = 2
 ZSTD_LEVEL: Final = 1

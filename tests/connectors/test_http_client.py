@@ -11,8 +11,9 @@ from connectors.egress import Egress, open_socket
 from connectors.http.answer import Answer
 from connectors.http.client import ADDRESS_S, IDLE_S
 from connectors.http.door import Address
+from connectors.http.place import parse_url
 from schemas.ids import ExternalId, TenantRef, Vendor
-from tests.connectors.post import LOOPBACK, Clock, aim, begin, post
+from tests.connectors.post import ACME, LOOPBACK, Clock, aim, begin, post
 from tests.connectors.receiver import OK, Peer, Receiver, answering
 from tests.connectors.until import until
 
@@ -113,6 +114,25 @@ async def test_an_answer_cut_short_is_not_an_answer(egress: Egress) -> None:
     async with Receiver(script) as receiver:
         got = await post(aim(egress, f"http://127.0.0.1:{receiver.port}/"))
         assert (got.status, got.fault) == (0, "reset")
+
+
+@pytest.mark.parametrize("framing", [b"content-length: 5000", b"transfer-encoding: chunked", b"x: y"])
+async def test_an_answer_to_head_ends_with_its_headers_which_are_kept(egress: Egress, framing: bytes) -> None:
+    """It announces a body that never comes."""
+
+    async def script(peer: Peer) -> None:
+        assert (await peer.request()).line == "HEAD /object HTTP/1.1"
+        await peer.send(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nX-Meta: mine\r\n%b\r\n\r\n" % framing)
+        await peer.gone()
+
+    async with Receiver(script) as receiver:
+        target = egress.http.target(ACME, parse_url(f"http://127.0.0.1:{receiver.port}/"), keeps_head=True)
+        given: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        target.send(b"HEAD /object HTTP/1.1\r\ncontent-length: 0\r\n\r\n", 5.0, given.set_result)
+        answer = await given
+        assert (answer.status, answer.fault, answer.excerpt) == (200, "", b"")
+        assert answer.head == b"HTTP/1.1 200 OK\r\nX-Meta: mine\r\n%b" % framing
+        await target.close()
 
 
 async def test_a_peer_that_half_closes_and_still_answers_is_heard(egress: Egress) -> None:
