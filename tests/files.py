@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -63,12 +64,15 @@ class FilesConnector:
         text = json.dumps([[one.id, one.event.eventId] for one in taken])
         if self._options.noting:
             await batch.note(text.encode())
+        new = path.with_suffix(f".{uuid4().hex}.new")
+        new.write_text(text)
         try:
-            with path.open("x") as file:
-                file.write(text)
+            path.hardlink_to(new)  # whole, or not at all
         except FileExistsError:
             if path.read_text() != text:
                 return self._all(batch, retry("platform", "name_taken", "another file is there"))
+        finally:
+            new.unlink()
         if mode == "timeout":
             return self._all(batch, retry("destination", "timeout", "nobody answered"))
         refused = reject("event", "refused", "its payload says so")

@@ -193,8 +193,8 @@ tenants:
         ),
         (
             tenant("    destinations:\n      - {id: lake, type: s4}\n"),
-            "headgate.yaml:4:26: tenants[0].destinations[0].type: 's4' is no kind of destination; known here: bigquery, "
-            "kafka, s3, webhook",
+            "headgate.yaml:4:26: tenants[0].destinations[0].type: 's4' is no kind of destination; known here: "
+            "bigquery, kafka, s3, webhook",
         ),
         (
             destination(URL + "        retry: {also: [410]}\n"),

@@ -165,7 +165,7 @@ class S3FarSide:
         return content[:-1].split(b"\n")
 
     def held(self) -> Sequence[Held]:
-        lines = [msgspec.json.decode(line, type=_Line) for key in self.objects for line in self.lines(key)]
+        lines = [msgspec.json.decode(line, type=_Line) for key in list(self.objects) for line in self.lines(key)]
         return [Held(DeliveryId(line.deliveryId), bytes(line.payload)) for line in lines]
 
     def touched(self) -> int:
