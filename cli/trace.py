@@ -47,6 +47,7 @@ from schemas.attempt import (
     attempt_aad_item,
     decode_answer,
     decode_record,
+    listed,
 )
 from schemas.event import rfc3339
 from schemas.ids import DeliveryId, ExternalId, Tag, TenantRef, Vendor, attempt_digest, base32
@@ -166,11 +167,6 @@ class _Chain:
     def newest_ms(self) -> int:
         return max(self.retry_at_ms, self.letter_at_ms)
 
-    @property
-    def begun_ms(self) -> int:
-        copy = self.retry or self.letter
-        return self.retry_at_ms if copy is None else copy.first_failed_ms
-
 
 class _Found:
     """What the topics hold of the event."""
@@ -259,7 +255,7 @@ class _Found:
         record = self._own(value) if _LISTS in value else None
         if not isinstance(record, AttemptRecord):
             return
-        record.deliveries = [delivery for delivery in record.deliveries if delivery in deliveries]
+        record.deliveries = [one for one in record.deliveries if one.partition("/")[0] in deliveries]
         if record.deliveries:
             self._keep(record)
 
@@ -488,7 +484,7 @@ def _events(
 ) -> Iterator[EventTrace]:
     attempts: dict[str, list[AttemptRecord]] = {}
     for record in sorted(found.attempts, key=lambda record: record.at):
-        for delivery in record.deliveries or (record.delivery,):
+        for delivery in dict.fromkeys([one.partition("/")[0] for one in record.deliveries or (record.delivery,)]):
             attempts.setdefault(delivery, []).append(record)
     left = dict.fromkeys([*attempts, *(delivery for delivery, _ in found.chains)])
     for event in sorted(found.events.values(), key=lambda event: event.at):
@@ -596,7 +592,7 @@ def _now(delivery: str, chains: Mapping[str, _Chain], records: Sequence[AttemptR
     """Where a delivery is: by its newest replay job, or by what was before any."""
     replay = max(chains, key=lambda job: (job != "", chains[job].newest_ms), default="")
     chain = chains.get(replay, _Chain())
-    own = [record for record in records if _is_of(delivery, record, replay, chain.begun_ms)]
+    own = [record for record in records if _is_of(delivery, record, replay)]
     for record in own:
         if record.verdict == "delivered":
             return Now("delivered", record.at, record.code if record.code != "ok" else "", replay=replay)
@@ -618,11 +614,10 @@ def _now(delivery: str, chains: Mapping[str, _Chain], records: Sequence[AttemptR
     return Now("in_flight", replay=replay)
 
 
-def _is_of(delivery: str, record: AttemptRecord, replay: str, begun_ms: int) -> bool:
-    """Whether an attempt belongs to a replay job: its id is a hash that says so. A batch may hold deliveries of several
-    jobs, and is of those that had begun."""
+def _is_of(delivery: str, record: AttemptRecord, replay: str) -> bool:
+    """Whether an attempt belongs to a replay job: its id is a hash that says so, or a batch's list."""
     if record.deliveries:
-        return not replay or record.at >= rfc3339(begun_ms)
+        return listed(delivery, replay) in record.deliveries
     return record.id == "att_" + base32(attempt_digest(DeliveryId(delivery), record.attempt, replay))
 
 

@@ -1,5 +1,5 @@
-"""The embedded S3: moto's server as a process, with STS beside it. It keeps objects in memory, believes every access
-key and keeps conditional writes: enough to see what arrives, not to see what is refused.
+"""The embedded S3: moto's server as a process, with STS beside it. It keeps objects in memory and knows conditional
+writes, but believes every access key: enough to see what arrives, not to see what is refused.
 
 Owns how it is started and asked; `stack.py` owns its folder, its port and its life.
 """
@@ -22,7 +22,7 @@ def start(home: Path, port: int) -> Proc:
     """Begins to start it; `answers` tells when it is ready. Raises nothing: its log tells why it ended."""
     home.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    # names of hosts that lead here are paths' business alone, and nothing of it is anyone's account
+    # what is set for somebody's real account has no say here
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MOTO_"))}
     return process.spawn(command, cwd=home, log=log(home), environ=environ)
 

@@ -40,8 +40,8 @@ class EventRecord(Struct, gc=False, omit_defaults=True, tag_field="kind", tag="e
 class AttemptRecord(Struct, gc=False, omit_defaults=True, tag_field="kind", tag="attempt"):
     """How one attempt, or the lack of one, ended.
 
-    An attempt of a batch is one record (several where it is large) that lists its `deliveries`; `delivery` is then the
-    batch's id, `bat_…`, and `eventId` and `eventType` are empty.
+    An attempt of a batch is one record (several where it is large) that lists its `deliveries` (`listed`); `delivery`
+    is then the batch's id, `bat_…`, and `eventId` and `eventType` are empty.
 
     `route` names the routes that led here, comma-separated, on the first attempt. `attempt` counts from 1. `code` is
     the outcome's code (`recovered`: the ledger knew the delivery as done). `nextAt` is set where another one follows.
@@ -82,6 +82,11 @@ class SealedAnswer(Struct, gc=False, omit_defaults=True):
     detail: str = ""
 
 
+def listed(delivery: str, replay: str) -> str:
+    """A delivery among those of a batch: its id, and after a slash the replay job that it is of."""
+    return f"{delivery}/{replay}" if replay else delivery
+
+
 def attempt_aad_item(delivery: str, attempt: int) -> str:
     return f"{delivery}/{attempt}"
 
@@ -111,4 +116,5 @@ __all__ = [
     "decode_record",
     "encode_answer",
     "encode_record",
+    "listed",
 ]

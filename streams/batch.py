@@ -18,6 +18,7 @@ from config.vault import Unsealable
 from connectors.contract import Batch, Connector, Span
 from connectors.registry import KINDS
 from schemas.attempt import PURPOSE_DELIVERY
+from schemas.dead_letter import UNKNOWN_OUTCOME
 from schemas.delivery import Delivery
 from schemas.event import correlation_id, from_canonical
 from schemas.ids import DeliveryId, EventId
@@ -91,12 +92,12 @@ class StagedBatch:
         "count",
         "digest",
         "flying",
-        "ids",
         "item",
         "of",
         "opened",
         "records",
         "refused",
+        "sent",
         "skip",
         "span",
         "turn",
@@ -130,7 +131,7 @@ class StagedBatch:
         self.skip = skip
         self.turn = turn
         self.unsure = unsure
-        self.ids: tuple[DeliveryId, ...] = ()  # of what an attempt sent
+        self.sent: tuple[tuple[DeliveryId, str], ...] = ()  # by an attempt: deliveries and their replay jobs
         self.refused: Mapping[DeliveryId, Outcome] = {}  # of them, by themselves
         self.opened: Opened | None = None
         self.flying: Flight | None = None  # whose end is this batch's: its own flight, or the one that it joined
@@ -172,7 +173,7 @@ class StagedBatch:
             self._noted,
             self._note,
         )
-        self.ids = tuple([one.id for one in opened.deliveries])
+        self.sent = tuple([(one.id, one.replay) for one in opened.deliveries])
         outcomes = await deliver(connector, batch)
         done(self._judged(outcomes, KINDS[flight.lane.record.type].unsure))
 
@@ -202,7 +203,7 @@ class StagedBatch:
         whole = flight.end == "dead"
         if self.unsure:
             detail = f"it is not known whether the destination holds it; last: {dead.code}. {dead.detail}"
-            dead = Dead("unknown_outcome", "destination", detail)
+            dead = Dead(UNKNOWN_OUTCOME, "destination", detail)
         buried: list[tuple[Parked, bytes]] = []
         for delivery in opened.deliveries:
             refused = self.refused.get(delivery.id)

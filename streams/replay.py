@@ -562,6 +562,9 @@ class Watch:
             return 0
         if not isinstance(record, AttemptRecord) or record.verdict != "delivered":
             return 0
+        if record.deliveries:
+            named = (entry.partition("/") for entry in record.deliveries)
+            return sum([self._end(waiting, delivery, job) for delivery, _, job in named])
         for job in jobs.get(record.delivery, ()):
             if record.id == "att_" + base32(attempt_digest(DeliveryId(record.delivery), record.attempt, job)):
                 return self._end(waiting, record.delivery, job)

@@ -33,6 +33,7 @@ from schemas.attempt import (
     attempt_aad_item,
     encode_answer,
     encode_record,
+    listed,
 )
 from schemas.control import ControlKey, DisabledRecord, encode_control
 from schemas.delivery import Delivery
@@ -641,14 +642,14 @@ def _attempt_digest(delivery: Delivery, part: int = 0) -> bytes:
 def _of_batch(record: AttemptRecord, flight: Flight, batch: StagedBatch) -> list[AttemptRecord]:
     """One record that lists the deliveries of a batch (more where they are many), and one of each that was refused."""
     records: list[AttemptRecord] = []
-    ids = [ident for ident in batch.ids if ident not in batch.refused]
+    ids = [listed(ident, replay) for ident, replay in batch.sent if ident not in batch.refused]
     for part, first in enumerate(range(0, len(ids), BATCH_RECORD_DELIVERIES)):
         ident = record.id if not part else "att_" + base32(_attempt_digest(flight.delivery, part))
         records.append(replace(record, id=ident, deliveries=ids[first : first + BATCH_RECORD_DELIVERIES]))
     for delivery in batch.opened.deliveries if batch.opened is not None and batch.refused else ():
         refused = batch.refused.get(delivery.id)
         if refused is not None:
-            attempt = replace(flight.delivery, id=delivery.id)
+            attempt = replace(flight.delivery, id=delivery.id, replay=delivery.replay)
             records.append(
                 replace(
                     record,

@@ -25,13 +25,14 @@ from confluent_kafka import KafkaError, KafkaException
 from msgspec import Raw, Struct
 from msgspec.structs import replace
 
+from config.acls import stage_transactional_id
 from config.kafka import KafkaFault
 from config.provision import log_names
 from connectors.contract import NotOwned, Span
 from routing.batches import Boundaries, Closed, Limits
 from schemas.delivery import Delivery
 from schemas.event import Event
-from schemas.ids import DeliveryId, DestinationId, TenantRef, Vendor, base32, digest, parts, unpercent
+from schemas.ids import DeliveryId, DestinationId, Tag, TenantRef, Vendor, base32, digest, parts, unpercent
 from schemas.staged import (
     LIMITS,
     MARK,
@@ -121,7 +122,7 @@ class Slot:
         self.topic = topic
         self.partition = partition
         self.vendor = vendor
-        self.cursor_topic = topic.replace(".stage.", ".stage-cursor.", 1)
+        self.cursor_topic = stage.topics.stage_cursor(vendor, Tag(topic.rpartition(".")[2]))
         self.log = ""  # set once loaded
         self.gone = False
         self.ready = False
@@ -260,7 +261,7 @@ class Stage:
         self._kafka = kafka
         self._group = group
         self._patterns = list(patterns)
-        self._topics = topics
+        self.topics = topics
         self._tenants = tenants
         self._lanes = lanes
         self._settle = settle
@@ -272,7 +273,7 @@ class Stage:
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(BLOCKING, "stage")
         self._writer_thread = ThreadPoolExecutor(1, "stage-cursor")
-        self._writer = CursorWriter(kafka, f"{topics.group('stage')}.{worker}", max_record_bytes)
+        self._writer = CursorWriter(kafka, stage_transactional_id(topics, worker), max_record_bytes)
         self._slots: dict[tuple[str, int], Slot] = {}
         self._limits: dict[bytes, Limits] = {}
         self._unknown: Unknowns[_Waiting] = Unknowns(tenants, self._asked, max_bytes)
@@ -380,7 +381,7 @@ class Stage:
         consumer.pause(partitions)
         slots: list[Slot] = []
         for at in partitions:
-            vendor = Vendor(at.topic.removeprefix(self._topics.prefix + ".").partition(".")[0])
+            vendor = Vendor(at.topic.removeprefix(self.topics.prefix + ".").partition(".")[0])
             slot = self._slots[at.topic, at.partition] = Slot(self, at.topic, at.partition, vendor)
             slots.append(slot)
         if slots:

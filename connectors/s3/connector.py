@@ -27,6 +27,9 @@ MAX_IN_FLIGHT: Final = 2
 BATCH_S: Final = 240.0
 # how many deliveries are sorted into objects before the event loop goes on
 PLANNED_AT_ONCE: Final = 1000
+# Batches stored in part, of which it is remembered what need not be sent again: else one with many objects, or with
+# one that is refused, would send all others each time.
+MAX_REMEMBERED: Final = 8
 PROBE: Final = ".headgate-check-"
 
 
@@ -50,6 +53,7 @@ class S3Connector:
         "_role",
         "_shop",
         "_steps",
+        "_stored",
         "_sts",
         "_tenant",
         "_under_way",
@@ -76,6 +80,7 @@ class S3Connector:
         self._steps: tuple[StepName, ...] = ("connect", "write", "once", "read", "delete")
         if options.role:
             self._steps = ("connect", "role", "write", "once", "read", "delete")
+        self._stored: dict[Span, set[str]] = {}  # keys of objects
         self._under_way = 0
         self._drained: asyncio.Future[None] | None = None
 
@@ -105,15 +110,29 @@ class S3Connector:
             Planned(encode.key_of(options.prefix, place, name), deliveries) for place, deliveries in groups.items()
         )
         outcomes: dict[DeliveryId, Outcome] = {}
+        stored = self._stored.pop(span, set())
+        whole = True
 
         async def work() -> None:
+            nonlocal whole
             for planned in objects:  # shared: each takes the next
-                outcome = await self._store(planned, batch, span, deadline)
+                if planned.key in stored:
+                    outcome = _delivered(planned)
+                else:
+                    outcome = await self._store(planned, batch, span, deadline)
+                if outcome.verdict == "delivered":
+                    stored.add(planned.key)
+                else:
+                    whole = False
                 outcomes.update(dict.fromkeys([one.id for one in planned.deliveries], outcome))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(min(PARALLEL, len(groups))):
                 group.create_task(work())
+        if not whole:
+            while len(self._stored) >= MAX_REMEMBERED:
+                del self._stored[next(iter(self._stored))]
+            self._stored[span] = stored
         return outcomes
 
     async def _store(self, planned: Planned, batch: Batch, span: Span, deadline: float) -> Outcome:
@@ -124,7 +143,7 @@ class S3Connector:
             await self._bucket.store(planned.key, content, identity, deadline)
         except Fault as fault:
             return fault.outcome
-        return delivered(status=200, receipt=planned.key)
+        return _delivered(planned)
 
     async def _encoded(self, planned: Planned, batch: Batch, span: Span) -> tuple[bytes, str]:
         """The object's bytes and identity: lines are made here, a slice at a time, and compressed in a thread."""
@@ -180,6 +199,10 @@ class S3Connector:
         await self._bucket.close()
         if self._sts is not None:
             await self._sts.close()
+
+
+def _delivered(planned: Planned) -> Outcome:
+    return delivered(status=200, receipt=planned.key)
 
 
 def connect(

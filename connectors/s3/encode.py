@@ -25,7 +25,7 @@ SLICE_EVENTS: Final = 256
 SLICE_BYTES: Final = 256 * 1024
 EXTENSIONS: Final = {"gzip": "ndjson.gz", "zstd": "ndjson.zst", "none": "ndjson"}
 GZIP_LEVEL: Final = 2
-ZSTD_LEVEL: Final = 3
+ZSTD_LEVEL: Final = 1
 _GZIP_WINDOW: Final = 31  # with a gzip header, which has no time stamp then
 
 

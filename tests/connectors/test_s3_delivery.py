@@ -9,10 +9,12 @@ import pytest
 
 from connectors.egress import Egress
 from connectors.s3.bucket import PART_BYTES
+from connectors.s3.classify import Fault
 from connectors.s3.client import Credentials
 from connectors.s3.connector import PARALLEL
 from connectors.s3.credentials import RENEW_S, SESSION_S, Role
 from schemas.ids import DestinationId, ExternalId, TenantRef, Vendor
+from tests.connectors.post import Clock
 from tests.connectors.s3s import LAKE, batch, deliver, delivery, sink
 from tests.connectors.until import until
 from tests.contract.far_side import Mode
@@ -66,6 +68,23 @@ async def test_of_a_batch_that_is_stored_in_part_the_rest_is_stored_at_the_next_
     second = await deliver(connector, *sent)
     assert {outcome.verdict for outcome in second} == {"delivered"}
     assert sorted(one.delivery for one in store.held()) == [one.id for one in sent]
+    assert store.operations == ["PutObject"] * (12 + 5)  # what is stored is not sent again
+
+
+async def test_what_another_worker_stored_of_a_batch_is_found_there(store: S3FarSide, egress: Egress) -> None:
+    """It died, or lost the partition, after half of them."""
+    sent = [delivery(number, event_type=f"type-{number}") for number in range(12)]
+    store.answers["PutObject"] = [Answer(503, "SlowDown") for _ in range(5)]
+    dead = sink(egress, store.options(), store.secrets())
+    await deliver(dead, *sent)
+    before = dict(store.objects)
+    connector = sink(egress, store.options(), store.secrets())
+    second = await deliver(connector, *sent)
+    assert {outcome.verdict for outcome in second} == {"delivered"}
+    assert sorted(one.delivery for one in store.held()) == [one.id for one in sent]
+    assert {key: store.objects[key] for key in before} == before
+    assert store.operations.count("HeadObject") == 7
+    await dead.close()
     await connector.close()
 
 
@@ -238,21 +257,39 @@ async def test_a_session_that_has_ended_is_followed_by_another(store: S3FarSide,
 class _Sts:
     def __init__(self) -> None:
         self.asked = 0
+        self.down = False
 
     async def ask(self, credentials: Credentials, operation: str, *_: Any, **parameters: Any) -> Mapping[str, Any]:
+        if self.down:
+            raise Fault("unavailable", step="role")
         self.asked += 1
         given = {name: f"{name}{self.asked}" for name in ("AccessKeyId", "SecretAccessKey", "SessionToken")}
         return {"Credentials": given}
 
 
 async def test_a_session_is_renewed_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock[0], raising=False)
+    clock = Clock()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
     sts = _Sts()
     role = Role(sts, Credentials("a", "b"), ROLE, "", "headgate")  # type: ignore[arg-type]
-    for now_s, session in ((1.0, 1), (SESSION_S - RENEW_S, 1), (SESSION_S - RENEW_S + 2, 2), (SESSION_S + 1, 2)):
-        clock[0] = now_s
+    begun_s = clock.now_s
+    for after_s, session in ((0, 1), (SESSION_S - RENEW_S - 1, 1), (SESSION_S - RENEW_S, 2), (SESSION_S + 1, 2)):
+        clock.now_s = begun_s + after_s
         assert (await role.current()).token == f"SessionToken{session}"
+
+
+async def test_a_session_serves_to_its_end_where_it_cannot_be_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+    sts = _Sts()
+    role = Role(sts, Credentials("a", "b"), ROLE, "", "headgate")  # type: ignore[arg-type]
+    await role.current()
+    sts.down = True
+    clock.now_s += SESSION_S - 1
+    assert (await role.current()).token == "SessionToken1"
+    clock.now_s += 1
+    with pytest.raises(Fault, match="unavailable"):
+        await role.current()
 
 
 @pytest.mark.parametrize("asked", [{"external_id": "wrong-one"}, {"role": "arn:aws:iam::111122223333:role/other"}])
