@@ -61,6 +61,10 @@ def emulator() -> tuple[int, int]:
         shutil.rmtree(home, ignore_errors=True)
 
     bigquery.wait_ready(proc, home, *ports)
+    # its first table and query take seconds
+    bigquery.make_dataset(ports[0], PROJECT, "warm")
+    bigquery.make_table(ports[0], PROJECT, "warm", "up", [{"name": "a", "type": "STRING"}])
+    bigquery.query(ports[0], PROJECT, f"SELECT a FROM `{PROJECT}.warm.up`")
     return ports[0], ports[1]
 
 
