@@ -11,17 +11,19 @@ import atexit
 import json
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from aiohttp import ClientSession, web
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from google.auth import jwt
+from google.auth import crypt, jwt
 from google.cloud.bigquery_storage_v1 import types
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -35,6 +37,7 @@ from tests.contract.far_side import CANARY, Mode
 SERVICE = "/google.cloud.bigquery.storage.v1.BigQueryWrite/"
 PROJECT = "acme-analytics"
 RETRY_AFTER_S = 7
+SCOPE = "https://www.googleapis.com/auth/bigquery"
 EMAIL = "headgate@acme-analytics.iam.gserviceaccount.com"
 LOST = "it is stored, but the connection breaks before the answer"
 MUTE = "it is stored, and no answer comes"
@@ -58,6 +61,10 @@ def emulator() -> tuple[int, int]:
         shutil.rmtree(home, ignore_errors=True)
 
     bigquery.wait_ready(proc, home, *ports)
+    # its first table and query take seconds
+    bigquery.make_dataset(ports[0], PROJECT, "warm")
+    bigquery.make_table(ports[0], PROJECT, "warm", "up", [{"name": "a", "type": "STRING"}])
+    bigquery.query(ports[0], PROJECT, f"SELECT a FROM `{PROJECT}.warm.up`")
     return ports[0], ports[1]
 
 
@@ -103,6 +110,7 @@ class BigQueryProxy:
         self.script: list[str | Any] = []  # to the next appends: LOST, MUTE, BREAKS, or a status to answer with
         self.poison = b""  # a row that holds it is refused
         self.message = "Field payload: no JSON"  # of such a row's error
+        self.accounts: list[tuple[str, str]] = []  # who asked, and what for: the routing of gRPC, the path of REST
         self.asked: list[str] = []  # methods of gRPC, and of REST with the path
         self.appends: list[int] = []  # rows of each request
         self.streams: list[str] = []  # that were opened
@@ -182,6 +190,9 @@ class BigQueryProxy:
     def tables(self) -> list[str]:
         return bigquery.tables(self._rest_port, PROJECT, self.dataset)
 
+    def make_dataset(self, name: str) -> None:
+        bigquery.make_dataset(self._rest_port, PROJECT, name)
+
     def table(self, name: str) -> Any:
         return bigquery.table(self._rest_port, PROJECT, self.dataset, name)
 
@@ -211,8 +222,10 @@ class BigQueryProxy:
         """Every call of gRPC, before it is looked at."""
         self.asked.append(method)
         headers = dict(context.invocation_metadata())
-        if not _known(headers.get("authorization", "")):
+        account = _account(headers.get("authorization", ""))
+        if not account:
             await _fail(context, failure(grpc.StatusCode.UNAUTHENTICATED))
+        self.accounts.append((account, unquote(headers["x-goog-request-params"])))
         assert headers["x-goog-request-params"].startswith(("parent=projects%2F", "name=projects%2F", "write_stream=p"))
         match self.mode:
             case Mode.THROTTLED:
@@ -314,9 +327,16 @@ class BigQueryProxy:
     # ---------------------------------------------------------------- REST
 
     async def _rest(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/token":
+            now = int(time.time())
+            claims = {"iss": EMAIL, "sub": EMAIL, "scope": SCOPE, "iat": now, "exp": now + 3600}
+            token = jwt.encode(crypt.RSASigner.from_string(json.loads(key_file())["private_key"]), claims)
+            return web.json_response({"access_token": token.decode(), "expires_in": 3600, "token_type": "Bearer"})
         self.asked.append(f"{request.method} {request.path}")
-        if not _known(request.headers.get("authorization", "")):
+        account = _account(request.headers.get("authorization", ""))
+        if not account:
             return _error(401, "authError")
+        self.accounts.append((account, request.path))
         match self.mode:
             case Mode.THROTTLED:
                 return _error(403, "rateLimitExceeded")
@@ -378,8 +398,8 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         pass
 
 
-def _known(authorization: str) -> bool:
-    """Whether it is a token that our service account has signed, for BigQuery, and that has not ended."""
+def _account(authorization: str) -> str:
+    """Whose token it is, if its service account has signed it, for BigQuery, and it has not ended."""
     public = (
         account_key()
         .public_key()
@@ -388,8 +408,8 @@ def _known(authorization: str) -> bool:
     try:
         claims = jwt.decode(authorization.removeprefix("Bearer "), public)
     except ValueError:
-        return False
-    return bool(claims["iss"] == claims["sub"] == EMAIL and claims["scope"].endswith("/auth/bigquery"))
+        return ""
+    return str(claims["iss"]) if claims["iss"] == claims["sub"] and claims["scope"] == SCOPE else ""
 
 
 async def _fail(context: Any, status: Any) -> None:

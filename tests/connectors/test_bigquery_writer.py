@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -13,7 +14,8 @@ from connectors.bigquery.options import Options, Secrets
 from connectors.bigquery.writer import BigQueryConnector
 from connectors.contract import NotOwned
 from connectors.egress import Egress
-from tests.bigquery_proxy import BREAKS, LOST, MUTE, BigQueryProxy, failure
+from schemas.ids import ExternalId, TenantRef, Vendor
+from tests.bigquery_proxy import BREAKS, LOST, MUTE, BigQueryProxy, failure, key_file
 from tests.connectors.bigqueries import ACME, POISON, SINK, Kept, connected, delivery, held, poisoned, until_settled
 from tests.contract.far_side import CANARY, Mode
 from tests.contract.farsides.bigquery import BigQueryFarSide
@@ -311,6 +313,51 @@ async def test_no_token_is_asked_for_and_a_key_that_is_not_known_is_denied(far: 
     assert [step.ok for step in await made.check()] == [False]
     assert proxy.asked == []
     await made.close()
+
+
+async def test_the_worker_s_own_credentials_are_used_where_the_operator_lets_them(
+    far: BigQueryFarSide, proxy: BigQueryProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(key_file(token_uri=f"{proxy.place.rest_url}/token"))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    egress = Egress(bigquery=BigQuerySettings(proxy.place, default_credentials=True))
+    for answers, code in ((True, "ok"), (False, "denied")):
+        if not answers:
+            file.write_text(key_file())  # whose token_uri nobody answers
+        made = connect(ACME, SINK, Options.model_validate({**far.options(), "timeout": "10s"}), Secrets(), egress)
+        (end,) = (await made.deliver(Kept().batch(delivery(1)))).values()
+        assert end.code == code
+        await made.close()
+
+
+async def test_the_credentials_of_one_never_serve_another(far: BigQueryFarSide, proxy: BigQueryProxy) -> None:
+    """Two tenants whose names look alike, on one BigQuery, at the same time."""
+    theirs = f"{proxy.dataset}2"
+    await asyncio.to_thread(proxy.make_dataset, theirs)
+    places = {"a@acme.example": proxy.dataset, "a@acme2.example": theirs}
+    egress = Egress(bigquery=far.bigquery)
+    made = [
+        connect(
+            TenantRef(Vendor("default"), ExternalId(email[2:])),
+            SINK,
+            Options.model_validate({**far.options(), "timeout": "10s", "dataset": dataset}),
+            Secrets.model_validate({"service_account": key_file(client_email=email)}),
+            egress,
+        )
+        for email, dataset in places.items()
+    ]
+    for number in range(3):
+        batch = delivery(number), delivery(100 + number)
+        await asyncio.gather(*(one.deliver(Kept().batch(each)) for one, each in zip(made, batch, strict=True)))
+    for one in made:
+        await one.close()
+    assert {account for account, _ in proxy.accounts} == set(places)
+    for account, what in proxy.accounts:
+        assert f"/datasets/{places[account]}/" in what, (account, what)
+    assert held(proxy) == [delivery(number).id for number in range(3)]
+    proxy.dataset = theirs
+    assert held(proxy) == [delivery(100 + number).id for number in range(3)]
 
 
 async def test_what_a_check_lacks_is_named(far: BigQueryFarSide, proxy: BigQueryProxy) -> None:

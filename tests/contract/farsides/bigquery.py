@@ -38,7 +38,7 @@ class BigQueryFarSide:
             await self.proxy.listen()
 
     def options(self) -> Mapping[str, Any]:
-        return {"project": PROJECT, "dataset": self.proxy.dataset, "timeout": "3s"}
+        return {"project": PROJECT, "dataset": self.proxy.dataset, "timeout": "5s"}
 
     def secrets(self) -> Mapping[str, Any]:
         return {"service_account": key_file()}
