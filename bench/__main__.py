@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench import headgate, measures, report, scaling
+from bench import headgate, measures, report, scaling, sinks
 from bench import rig as bench
 from bench.measures import Figure
 from bench.rig import BenchError, Rig
@@ -81,6 +81,7 @@ def main(
         lambda rig: measures.speed(rig, run.count, run.rounds, say),
         lambda rig: measures.allowed(rig, say),
         lambda rig: measures.speed(rig, run.count, run.rounds, say, tls=True),
+        lambda rig: sinks.measure(rig, run.count, run.rounds, say),
         lambda rig: measures.latency(rig, run.seconds, say),
         lambda rig: measures.memory(rig, say),
         lambda rig: measures.applying(rig, say),
@@ -101,6 +102,13 @@ def speed(run: Run) -> None:
 def tls(run: Run) -> None:
     """The same over TLS, and the share of deliveries on reused connections."""
     run.measure(lambda rig: measures.speed(rig, run.count, run.rounds, say, tls=True))
+
+
+@main.command("sinks")
+@click.pass_obj
+def whole_way_of_sinks(run: Run) -> None:
+    """S3, BigQuery and Kafka: events per CPU-second from ingress to settled."""
+    run.measure(lambda rig: sinks.measure(rig, run.count, run.rounds, say))
 
 
 @main.command()
