@@ -185,7 +185,11 @@ class BigQueryProxy:
         found = bigquery.tables(self._rest_port, PROJECT, self.dataset)
         if table not in found:
             return []
-        return bigquery.query(self._rest_port, PROJECT, f"SELECT {columns} FROM `{PROJECT}.{self.dataset}.{table}`")
+        width = columns.count(",") + 1
+        while True:  # what it is asked while rows come in, the emulator can answer with another question's columns
+            rows = bigquery.query(self._rest_port, PROJECT, f"SELECT {columns} FROM `{PROJECT}.{self.dataset}.{table}`")
+            if all(len(row) == width for row in rows):
+                return rows
 
     def tables(self) -> list[str]:
         return bigquery.tables(self._rest_port, PROJECT, self.dataset)
