@@ -200,3 +200,26 @@ async def test_a_stalled_owner_writes_nothing_once_another_has_its_partitions(
     await deployment.publish([("acme", event(f"e{n}")) for n in range(200, 300)])
     await holds(tmp_path, 300)
     assert set(ids(tmp_path).values()) == {1}
+
+
+async def test_what_open_batches_have_no_room_for_is_read_again_from_the_log(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    """30 batches of 0.6 MB are open at once, where a quarter of 32 MiB is theirs."""
+    names = [f"t{n}" for n in range(30)]
+    await deployment.apply({"tenants": [tenant(name, files(tmp_path / name, window_ms=3000)) for name in names]})
+    running = await worker(deployment, MEMORY_BUDGET="32MiB")
+    note = "x" * 60_000
+    held: list[float] = []
+    for turn in range(10):
+        await deployment.publish([(name, event(f"{name}-{turn}", payload={"note": note})) for name in names])
+        held.append(running.metric("headgate_held_bytes"))
+
+    def all_there() -> bool:
+        held.append(running.metric("headgate_held_bytes"))
+        return all(len(ids(tmp_path / name)) == 10 for name in names)
+
+    await eventually(all_there, "all events are stored", 90)
+    assert all(set(ids(tmp_path / name).values()) == {1} for name in names)
+    assert max(held) < 32 * 2**20
+    assert await running.terminate() == 0
