@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from config.settings import Settings
 from connectors import registry
 from connectors.contract import Batch, Batching, Feed, Spec, Step
-from schemas.ids import DeliveryId
+from schemas.ids import DeliveryId, DestinationId, TenantRef
 from schemas.outcome import Outcome, delivered, reject, retry
+from schemas.topics import FEW, delivery_key, partition_of
 
 MODE: Final = "mode"
 
@@ -114,6 +115,15 @@ SPEC: Final = Spec(
     batching=_batching,
     unsure=frozenset({"timeout"}),
 )
+
+
+def neighbour(tenant: TenantRef, of: str) -> str:
+    """A destination's id that shares its partition of the stage."""
+
+    def where(ident: str) -> int:
+        return partition_of(delivery_key(tenant, DestinationId(ident)), FEW)
+
+    return next(name for n in range(99) if where(name := f"other{n}") == where(of))
 
 
 def become(folder: Path, mode: str) -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from dev.stack import Stack
 from schemas.ids import DestinationId, ExternalId, TenantRef, Vendor, delivery_id
-from schemas.topics import FEW, delivery_key, partition_of
 from tests.contract.far_side import Mode
 from tests.contract.farsides.bigquery import BigQueryFarSide
 from tests.contract.farsides.s3 import S3FarSide
 from tests.deployment import Deployment, Worker, event, eventually
+from tests.files import neighbour
 
 pytestmark = [pytest.mark.broker, pytest.mark.timeout(1800)]
 
@@ -79,15 +79,6 @@ class BigQueryRig:
         return len(self.far.proxy.appends)
 
 
-def neighbour(of: str) -> str:
-    """A destination's id that shares its partition of the stage."""
-
-    def where(ident: str) -> int:
-        return partition_of(delivery_key(ACME, DestinationId(ident)), FEW)
-
-    return next(name for n in range(99) if where(name := f"other-{n}") == where(of))
-
-
 class Story:
     """Two destinations of one tenant at the same place, whose batches interleave in a partition."""
 
@@ -95,7 +86,7 @@ class Story:
         self.deployment = deployment
         self.rig = rig
         self.sent = 0
-        self.stores = {"store": "1s", neighbour("store"): "3s"}
+        self.stores = {"store": "1s", neighbour(ACME, "store"): "3s"}
 
     async def begin(self) -> None:
         secrets = {name: {"value": value} for name, value in self.rig.far.secrets().items()}

@@ -15,13 +15,15 @@ import pytest
 
 from connectors.registry import KINDS
 from dev.stack import Stack
+from schemas.ids import DEFAULT_VENDOR, ExternalId, TenantRef
 from tests.chaos.killed_stage import POINTS
 from tests.deployment import Deployment, Worker, event, eventually
-from tests.files import SPEC, become, stored
+from tests.files import SPEC, become, neighbour, stored
 
 pytestmark = [pytest.mark.broker, pytest.mark.timeout(900)]
 
 NOWHERE = {"REDIS_URL": "redis://127.0.0.1:1/0", "COMMIT_INTERVAL": "100ms"}
+ACME = TenantRef(DEFAULT_VENDOR, ExternalId("acme"))
 QUICK: dict[str, Any] = {"schedule": ["0s", *["1s"] * 30], "max_age": "1h"}
 WORKER = "w0"  # a static member: nobody waits for the dead one's session to end
 A_ROUND = 60
@@ -45,7 +47,7 @@ class Story:
 
     def __init__(self, deployment: Deployment, folder: Path, *, noting: bool = True) -> None:
         self.deployment = deployment
-        self.folders = [folder / name for name in ("slow", "quick")]
+        self.folders = [folder / name for name in ("slow", neighbour(ACME, "slow"))]
         self.noting = noting
         self.sent = 0
         self.bad = 0
