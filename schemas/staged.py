@@ -125,7 +125,7 @@ class BatchRecord(Struct, frozen=True, omit_defaults=True, tag_field="kind", tag
 
     `turn` is that of the only manifest that counts. `skip` are offsets of its range that do not belong to it, though of
     its destination. `noted` is its connector's (`connectors/contract.py`). `unsure`: nobody knows whether the far side
-    holds some of it.
+    holds some of it. `over`: it is stored, or dead letters stand for it; its cursor waits for one in front of it.
     """
 
     last: int
@@ -134,6 +134,7 @@ class BatchRecord(Struct, frozen=True, omit_defaults=True, tag_field="kind", tag
     unsure: bool = False
     skip: Sequence[int] = ()
     noted: bytes = b""
+    over: bool = False
 
 
 encode_cursor = msgspec.json.Encoder().encode

@@ -174,31 +174,56 @@ class Slot:
         self._stage.changed()
 
     def _done(self, batch: StagedBatch) -> None:
-        of, first = batch.of, batch.span.first
-        if self.active.get((of, first)) is batch:
-            del self.active[of, first]
+        key = batch.of, batch.span.first
+        if self.active.get(key) is batch:
+            del self.active[key]
         flying = batch.flying
-        if flying is not None and flying.end == "again":
-            self.batches[of, first] = self._record(batch, batch.turn + 1)
-            self.dirty_batches.add((of, first))
-        elif self.batches.pop((of, first), None) is not None:
-            self.dirty_batches.add((of, first))
-        if batch.turn:
-            return  # its cursor is past it already
-        way = self.ways[of]
+        ended = batch if flying is None or flying.batch is None else flying.batch
+        again = flying is not None and flying.end == "again"
+        if again:
+            self._keep(batch, ended, ended.turn + 1)
+        way = self.way(batch.of)
         for closed in way.closed:
             if closed.batch is batch:
                 closed.done = True
                 break
+        self.pass_by(way)
+        if again:
+            return
+        if batch.span.last > way.last:  # not forgotten before that: whoever begins at the cursor forms it again
+            self._keep(batch, ended, ended.turn, over=True)
+        elif self.batches.pop(key, None) is not None:
+            self.dirty_batches.add(key)
+
+    def pass_by(self, way: _Way) -> None:
+        """The cursor goes on over all batches that are done."""
         while way.closed and way.closed[0].done:
             closed = way.closed.popleft()
-            way.last = closed.batch.span.last
+            of, span = closed.batch.of, closed.batch.span
+            way.last = span.last
             way.floors = closed.floors
             for place, floor in closed.floors.items():
                 seen = way.seen.get(place)
                 if seen is not None:
                     way.seen[place] = {offset: at for offset, at in seen.items() if offset >= floor}
             self.dirty.add(of)
+            known = self.batches.get((of, span.first))
+            if known is not None and known.over:
+                del self.batches[of, span.first]
+                self.dirty_batches.add((of, span.first))
+
+    def _keep(self, batch: StagedBatch, ended: StagedBatch, turn: int, *, over: bool = False) -> None:
+        """`ended`: whose end was this batch's. It may be of an earlier assignment, and know less of what was noted."""
+        key = batch.of, batch.span.first
+        known = self.batches.get(key)
+        record = self._record(batch, turn)
+        self.batches[key] = replace(
+            record,
+            unsure=batch.unsure or ended.unsure,
+            noted=record.noted if known is None else known.noted,
+            over=over,
+        )
+        self.dirty_batches.add(key)
 
     @staticmethod
     def _record(batch: StagedBatch, turn: int) -> BatchRecord:
@@ -596,6 +621,13 @@ class Stage:
         way = slot.way(of)
         floors = {name: max(slot.floors.get(name, 0), way.floors.get(name, 0)) for name in way.seen}
         way.closed.append(_Closed(batch, floors))
+        if known is not None and (
+            known.turn or known.over
+        ):  # before one in front of it was: its manifest stands for it
+            way.closed[-1].done = True
+            slot.pass_by(way)
+            self.changed()
+            return
         slot.items[closed.first] = slot.active[of, closed.first] = batch
         size = closed.size + closed.count * RECORD_OVERHEAD_BYTES if gathering.records is not None else UNREAD_SIZE
         self._admit(_Waiting(slot, batch, None, size), asked=False)
@@ -611,11 +643,14 @@ class Stage:
         key = of, manifest.first
         known = slot.batches.get(key)
         turn = 0 if known is None else known.turn
-        if key in slot.active and turn < manifest.turn:
+        if key in slot.active and turn < manifest.turn and key not in slot.early:
             slot.items[offset] = None
             slot.early[key] = message
             return
-        if known is None or turn != manifest.turn or manifest.partition != slot.partition:
+        current = (
+            known is not None and not known.over and turn == manifest.turn and manifest.partition == slot.partition
+        )
+        if known is None or not current or key in slot.active:  # that one stands for all manifests of its turn
             self._repeated(slot, of)
             return
         batch = StagedBatch(
