@@ -113,10 +113,12 @@ class CursorRecord(Struct, frozen=True, omit_defaults=True, tag_field="kind", ta
     """Of one destination in one partition: all its records up to `last` are stored or parked, as batches.
 
     `seen`: by log, its floor, and the offsets from there on that one of those records was read from (`pack_offsets`):
-    whatever comes from one of these, or from below the floor, is a further copy, and left out.
+    whatever comes from one of these, or from below the floor, is a further copy, and left out. `log` is the stage's own
+    (`Span.log`): of one that took its place this says nothing.
     """
 
     last: int
+    log: str
     seen: dict[str, tuple[int, str]] = {}
 
 
@@ -130,6 +132,7 @@ class BatchRecord(Struct, frozen=True, omit_defaults=True, tag_field="kind", tag
 
     last: int
     count: int
+    log: str
     turn: int = 0
     unsure: bool = False
     skip: Sequence[int] = ()

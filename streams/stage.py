@@ -69,6 +69,7 @@ TICK_MARGIN_MS: Final = 20
 TICK_AGAIN_S: Final = 0.5
 AGAIN_S: Final = 1.0
 UNREAD_SIZE: Final = 1024  # of a batch whose records are not in memory
+ROOM_SHARE: Final = 0.9  # of what open batches may hold, once that was too much
 RECORD_OVERHEAD_BYTES: Final = 2000  # Python's objects for a record and its headers
 TICK_EVERY_S: Final = 0.1
 REFUSED_S: Final = 0.2
@@ -144,10 +145,13 @@ class Slot:
     def take_over(self, kept: Kept, name: str) -> None:
         self.log = name
         for of, cursor in kept.cursors.items():
+            if cursor.log != name:  # the topic was made anew under its name
+                continue
             floors = {place: floor for place, (floor, _) in cursor.seen.items()}
             seen = {place: dict.fromkeys(unpack_offsets(packed), -1) for place, (_, packed) in cursor.seen.items()}
             self.ways[of] = _Way(cursor.last, floors, seen, deque())
-        self.batches = kept.batches
+        self.batches = {key: batch for key, batch in kept.batches.items() if batch.log == name}
+        self.dirty_batches = set(kept.batches) - set(self.batches)
         self.boundaries = Boundaries({of: way.last for of, way in self.ways.items()})
         self.ready = True
 
@@ -225,10 +229,8 @@ class Slot:
         )
         self.dirty_batches.add(key)
 
-    @staticmethod
-    def _record(batch: StagedBatch, turn: int) -> BatchRecord:
-        span = batch.span
-        return BatchRecord(span.last, batch.count, turn, batch.unsure, tuple(batch.skip), batch.noted)
+    def _record(self, batch: StagedBatch, turn: int) -> BatchRecord:
+        return BatchRecord(batch.span.last, batch.count, self.log, turn, batch.unsure, tuple(batch.skip), batch.noted)
 
     async def note(self, batch: StagedBatch, noted: bytes) -> None:
         key = batch.of, batch.span.first
@@ -254,7 +256,7 @@ class Slot:
             before = [offset for offset, at in offsets.items() if at <= way.last and offset >= floor]
             if before or floor:
                 seen[place] = (floor, pack_offsets(before))
-        return CursorRecord(way.last, seen)
+        return CursorRecord(way.last, self.log, seen)
 
     def committable(self) -> int:
         """The offset below which nothing is needed any more."""
@@ -303,6 +305,7 @@ class Stage:
         self._limits: dict[bytes, Limits] = {}
         self._unknown: Unknowns[_Waiting] = Unknowns(tenants, self._asked, max_bytes)
         self._paused_by: set[str] = set()
+        self._held = False
         self._consumer: Any = None
         self._tasks: list[asyncio.Task[None]] = []
         self._loads: set[asyncio.Task[None]] = set()
@@ -312,7 +315,7 @@ class Stage:
         self._ticked_at = 0.0
         self._drained = asyncio.Event()
         self._stopping = False
-        self.held_bytes = 0
+        self._gathered_bytes = 0
 
     # ---------------------------------------------------------------- for the worker
 
@@ -355,6 +358,11 @@ class Stage:
 
     def resume(self, reason: str) -> None:
         self._paused_by.discard(reason)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of open batches, and of closed ones that wait for the registry."""
+        return self._gathered_bytes + self._unknown.held_bytes
 
     @property
     def unsettled(self) -> int:
@@ -431,7 +439,7 @@ class Stage:
     def _let_go(self, slot: Slot) -> None:
         for gathering in slot.gathering.values():
             if gathering.records is not None:
-                self.held_bytes -= gathering.size
+                self._gathered_bytes -= gathering.size
         slot.gathering.clear()
 
     async def _load(self, slots: list[Slot]) -> None:
@@ -454,7 +462,8 @@ class Stage:
                 elif not slot.gone:
                     slot.take_over(found, names[slot.topic])
                     begun.append(slot)
-            self._consumer.resume([confluent_kafka.TopicPartition(slot.topic, slot.partition) for slot in begun])
+            if not self._held:  # else all are resumed together
+                self._consumer.resume([confluent_kafka.TopicPartition(slot.topic, slot.partition) for slot in begun])
             slots = [slot for slot in slots if slot not in begun]
             if slots:
                 await asyncio.sleep(AGAIN_S)
@@ -468,11 +477,10 @@ class Stage:
 
     async def _read(self) -> None:
         consumer = self._consumer
-        held = False
         while True:
-            hold = bool(self._paused_by) or not self._lanes.room.is_set()
-            if hold != held:
-                held = hold
+            hold = bool(self._paused_by) or not self._lanes.room.is_set() or self._unknown.held_bytes > self._max_bytes
+            if hold != self._held:
+                self._held = hold
                 self._hold(hold)
             found: list[Any] = []
             message = consumer.poll(0)
@@ -542,11 +550,11 @@ class Stage:
         if gathering.records is not None:
             gathering.records.append(Record(offset, headers, value))
             gathering.size += size
-            self.held_bytes += size
+            self._gathered_bytes += size
         closed_now = slot.boundaries.take(of, offset, at_ms, len(value), limits)
         if closed_now is not None:
             self._close(slot, closed_now)
-        elif self.held_bytes > self._max_bytes:
+        elif self._gathered_bytes > self._max_bytes:
             self._make_room()
 
     def _limits_of(self, headers: Mapping[str, bytes]) -> Limits | None:
@@ -588,15 +596,13 @@ class Stage:
             tenant.dropped("repeated")
 
     def _make_room(self) -> None:
-        """The open batch that holds most is read again once it is whole."""
-        fullest: tuple[int, _Gathering] | None = None
-        for slot in self._slots.values():
-            for gathering in slot.gathering.values():
-                if gathering.records is not None and (fullest is None or gathering.size > fullest[0]):
-                    fullest = gathering.size, gathering
-        if fullest is not None:
-            self.held_bytes -= fullest[0]
-            fullest[1].records = None
+        """The open batches that hold most are read again once they are whole: some at once, since all are looked at."""
+        held = [one for slot in self._slots.values() for one in slot.gathering.values() if one.records is not None]
+        for gathering in sorted(held, key=lambda one: one.size, reverse=True):
+            if self._gathered_bytes <= self._max_bytes * ROOM_SHARE:
+                return
+            self._gathered_bytes -= gathering.size
+            gathering.records = None
 
     # ---------------------------------------------------------------- batches
 
@@ -604,7 +610,7 @@ class Stage:
         of = closed.of
         gathering = slot.gathering.pop(of)
         if gathering.records is not None:
-            self.held_bytes -= gathering.size
+            self._gathered_bytes -= gathering.size
         known = slot.batches.get((of, closed.first))
         batch = StagedBatch(
             slot,

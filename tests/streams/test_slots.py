@@ -1,5 +1,7 @@
 """One partition of the stage, without a broker: what its reader keeps, and which manifest of a batch counts."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any, cast
 
 from msgspec import Raw, Struct
@@ -19,6 +21,7 @@ from schemas.staged import (
 )
 from schemas.topics import Topics, delivery_key
 from schemas.wire import Parked, parked_headers
+from streams.batch import Record, StagedBatch
 from streams.cursor import Kept
 from streams.flight import Flight
 from streams.lanes import Lanes, LaneSettings
@@ -29,6 +32,7 @@ BUCKET = DestinationId("bucket")
 OF = delivery_key(ACME, BUCKET)
 TOPICS = Topics()
 TOPIC = TOPICS.stage(ACME.vendor, Tag("acme"))
+LOG = "cluster/1"
 PAIRS = Limits(60_000, 2, 2**20)
 
 
@@ -90,9 +94,13 @@ class Worker:
     def __init__(self) -> None:
         self.tenant = Tenant()
         self.flights: list[Flight] = []
+        self.known = True
 
     def get(self, ref: TenantRef) -> Tenant | None:
-        return self.tenant if ref == ACME else None
+        return self.tenant if ref == ACME and self.known else None
+
+    async def ask(self) -> None:
+        await asyncio.Event().wait()  # the control plane is away
 
     def came_back(self, lane: object) -> None:
         pass
@@ -104,7 +112,7 @@ class Worker:
 class Reader:
     """A stage with one slot, which begins with what an earlier one has kept."""
 
-    def __init__(self, kept: Kept | None = None) -> None:
+    def __init__(self, kept: Kept | None = None, log: str = LOG) -> None:
         self.worker = Worker()
         stands_in = cast(Any, self.worker)
         self.stage = Stage(
@@ -124,7 +132,7 @@ class Reader:
             commit_interval_s=0.2,
         )
         self.slot = Slot(self.stage, TOPIC, 0, ACME.vendor)
-        self.slot.take_over(kept or Kept({}, {}), "log")
+        self.slot.take_over(kept or Kept({}, {}), log)
         self.stage._slots[TOPIC, 0] = self.slot
 
     def reads(self, *messages: Message) -> list[Flight]:
@@ -203,7 +211,7 @@ async def test_what_was_parked_before_a_batch_in_front_of_it_ended_is_delivered_
 
 
 async def test_what_was_noted_of_a_batch_is_kept_until_nobody_forms_it_again() -> None:
-    before = Reader(Kept({}, {(OF, 2): BatchRecord(3, 2, noted=b"a stream")}))
+    before = Reader(Kept({}, {(OF, 2): BatchRecord(3, 2, LOG, noted=b"a stream")}))
     _, second = before.reads(*FIRST, *SECOND)
     ends(second, "delivered")
     after = Reader(before.kept())
@@ -233,10 +241,10 @@ async def test_a_second_manifest_of_a_turn_takes_nothing_from_the_one_that_is_un
     parked = ends(first, "again")
     (again,) = reader.reads(due(2, parked), due(3, parked))
     assert reader.worker.tenant.drops == ["repeated"]
-    reader.slot.batches[OF, 0] = BatchRecord(1, 2, 1, noted=b"a stream")  # as its attempt has noted
+    reader.slot.batches[OF, 0] = BatchRecord(1, 2, LOG, 1, noted=b"a stream")  # as its attempt has noted
     parked = ends(again, "again")
     assert parked.manifest is not None
-    assert reader.slot.batches[OF, 0] == BatchRecord(1, 2, parked.manifest.turn, noted=b"a stream")
+    assert reader.slot.batches[OF, 0] == BatchRecord(1, 2, LOG, parked.manifest.turn, noted=b"a stream")
     assert reader.slot.committable() == 4
 
 
@@ -259,7 +267,7 @@ async def test_a_batch_that_joins_an_older_attempt_is_parked_at_its_own_turn() -
     elsewhere = Reader()
     (first,) = elsewhere.reads(*FIRST)
     parked = ends(first, "again")
-    elsewhere.slot.batches[OF, 0] = BatchRecord(1, 2, 1, noted=b"a stream")
+    elsewhere.slot.batches[OF, 0] = BatchRecord(1, 2, LOG, 1, noted=b"a stream")
     before.slot.gone = True
     after = Reader(elsewhere.kept())
     (again,) = after.reads(due(2, parked))
@@ -268,3 +276,53 @@ async def test_a_batch_that_joins_an_older_attempt_is_parked_at_its_own_turn() -
     after.slot.settled([again.offset])
     assert after.slot.batches[OF, 0].noted == b"a stream"
     assert len(after.reads(due(3, parked))) == 1
+
+
+async def test_cursors_of_a_topic_that_was_made_anew_cover_nothing_of_the_new_one() -> None:
+    before = Reader()
+    first, second = before.reads(*FIRST, *SECOND)
+    ends(first, "delivered")
+    ends(second, "again")
+    after = Reader(before.kept(), "cluster/2")
+    assert [flight.offset for flight in after.reads(*FIRST, *SECOND)] == [0, 2]
+
+
+async def test_what_waits_for_the_registry_counts_as_held() -> None:
+    reader = Reader()
+    reader.worker.known = False
+    assert not reader.reads(*FIRST)
+    assert reader.stage.held_bytes > 2000
+
+
+class _Broken:
+    """A partition whose range of the log cannot be read, for a reason that nobody has thought of."""
+
+    async def note(self, batch: StagedBatch, noted: bytes) -> None:
+        raise AssertionError
+
+    async def read_again(self, batch: StagedBatch) -> Sequence[Record]:
+        raise KeyError
+
+
+async def test_a_bug_around_an_attempt_of_a_batch_is_heard_of() -> None:
+    heard: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.set_result(context["exception"]))
+    reader = Reader()
+    (flight,) = reader.reads(*FIRST)
+    span = flight.batch.span if flight.batch is not None else None
+    assert span is not None
+    flight.lane = cast(Any, Owned())
+    batch = StagedBatch(cast(Any, _Broken()), OF, span, item=0, count=2, digest="", records=None)
+    batch.start(cast(Any, None), flight, 0, lambda outcome: None)
+    assert isinstance(await asyncio.wait_for(heard, 5), KeyError)
+
+
+class Owned:
+    """A lane, as far as an attempt asks it whose it is."""
+
+    @property
+    def owner(self) -> "Owned":
+        return self
+
+    def newest(self) -> Tenant:
+        return Tenant()
