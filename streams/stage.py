@@ -238,10 +238,10 @@ class Slot:
             self.batches[key] = replace(self._record(batch, batch.turn), noted=noted)
             self.dirty_batches.add(key)
         written = False
-        while not written:
-            if self.gone:
-                raise NotOwned
+        while not written and not self.gone:
             written = await self._stage.written()
+        if self.gone:  # then nothing of it was in what has been written since
+            raise NotOwned
 
     async def read_again(self, batch: StagedBatch) -> list[Record]:
         return await self._stage.read_range(self.topic, batch)

@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, cast
 
+import pytest
 from msgspec import Raw, Struct
 
+from connectors.contract import NotOwned
 from routing.batches import Limits
 from schemas.control import DestinationRecord
 from schemas.delivery import Delivery
@@ -302,6 +304,19 @@ class _Broken:
 
     async def read_again(self, batch: StagedBatch) -> Sequence[Record]:
         raise KeyError
+
+
+async def test_a_note_that_a_rebalance_overtook_is_no_leave_to_send() -> None:
+    reader = Reader()
+    (flight,) = reader.reads(*FIRST)
+    assert flight.batch is not None
+    noting = asyncio.create_task(reader.slot.note(flight.batch, b"a stream"))
+    await asyncio.sleep(0)
+    reader.slot.gone = True
+    reader.stage._slots.clear()
+    await reader.stage._write_once()
+    with pytest.raises(NotOwned):
+        await asyncio.wait_for(noting, 5)
 
 
 async def test_a_bug_around_an_attempt_of_a_batch_is_heard_of() -> None:
