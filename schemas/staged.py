@@ -113,10 +113,12 @@ class CursorRecord(Struct, frozen=True, omit_defaults=True, tag_field="kind", ta
     """Of one destination in one partition: all its records up to `last` are stored or parked, as batches.
 
     `seen`: by log, its floor, and the offsets from there on that one of those records was read from (`pack_offsets`):
-    whatever comes from one of these, or from below the floor, is a further copy, and left out.
+    whatever comes from one of these, or from below the floor, is a further copy, and left out. `log` is the stage's own
+    (`Span.log`): of one that took its place this says nothing.
     """
 
     last: int
+    log: str
     seen: dict[str, tuple[int, str]] = {}
 
 
@@ -125,15 +127,17 @@ class BatchRecord(Struct, frozen=True, omit_defaults=True, tag_field="kind", tag
 
     `turn` is that of the only manifest that counts. `skip` are offsets of its range that do not belong to it, though of
     its destination. `noted` is its connector's (`connectors/contract.py`). `unsure`: nobody knows whether the far side
-    holds some of it.
+    holds some of it. `over`: it is stored, or dead letters stand for it; its cursor waits for one in front of it.
     """
 
     last: int
     count: int
+    log: str
     turn: int = 0
     unsure: bool = False
     skip: Sequence[int] = ()
     noted: bytes = b""
+    over: bool = False
 
 
 encode_cursor = msgspec.json.Encoder().encode

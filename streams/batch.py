@@ -154,6 +154,7 @@ class StagedBatch:
     def start(self, connector: Connector, flight: "Flight", at_ms: int, done: Done) -> None:
         """Begins an attempt; `done` is called once, with the outcome that stands for all of the batch."""
         self._task = asyncio.get_running_loop().create_task(self._attempt(connector, flight, at_ms, done))
+        self._task.add_done_callback(_ended)
 
     async def _attempt(self, connector: Connector, flight: "Flight", at_ms: int, done: Done) -> None:
         opened = await self.open(flight.lane.owner.newest())
@@ -232,7 +233,7 @@ class StagedBatch:
 
     def _open_one(self, tenant: "CompiledTenant", record: Record, opened: Opened) -> None:
         staged = read_staged(record.headers)
-        if staged is None or staged.tenant != tenant.ref:
+        if staged is None or staged.tenant != tenant.ref or staged.destination.encode() != self.of.rpartition(b"/")[2]:
             opened.unsealable.append(record)
             return
         try:
@@ -280,3 +281,8 @@ class StagedBatch:
         self.refused = {ident: outcome for ident, outcome in outcomes.items() if outcome.verdict == "reject"}
         well = next((outcome for outcome in outcomes.values() if outcome.verdict == "delivered"), None)
         return well or next(iter(outcomes.values()))
+
+
+def _ended(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled():
+        task.result()  # a bug ends the worker (`app.py`): nobody else would end the attempt

@@ -47,14 +47,14 @@ class Refused(Exception):
     """The transaction was not committed: nothing of it counts."""
 
 
-def _reader(kafka: Mapping[str, Any]) -> Any:
+def _reader(kafka: Mapping[str, Any], isolation: str = "read_committed") -> Any:
     """It joins no group: `group.id` is what the library insists on."""
     return confluent_kafka.Consumer(
         {
             **kafka,
             "group.id": "unused",
             "enable.auto.commit": False,
-            "isolation.level": "read_committed",
+            "isolation.level": isolation,
             "enable.partition.eof": True,
             "auto.offset.reset": "earliest",
             "log_level": 2,
@@ -66,12 +66,13 @@ def load(kafka: Mapping[str, Any], partitions: Sequence[tuple[str, int]]) -> dic
     """Reads partitions of cursor topics to where they ended when this was called, and to where what was open then has
     ended. Raises KafkaException; one whose topic is not there is left out. Blocks."""
     consumer = _reader(kafka)
+    ends = _reader(kafka, "read_uncommitted")  # the other one's end lies before what is in an open transaction
     kept: dict[tuple[str, int], Kept] = {}
     left: dict[tuple[str, int], int] = {}
     try:
         for topic, number in partitions:
             try:
-                _, end = consumer.get_watermark_offsets(TopicPartition(topic, number), CALL_S)
+                _, end = ends.get_watermark_offsets(TopicPartition(topic, number), CALL_S)
             except KafkaException as fault:
                 if fault.args[0].code() in (
                     KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -101,6 +102,7 @@ def load(kafka: Mapping[str, Any], partitions: Sequence[tuple[str, int]]) -> dic
                 raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "a cursor topic was not read to its end"))
     finally:
         consumer.close()
+        ends.close()
     return kept
 
 

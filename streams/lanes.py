@@ -281,8 +281,9 @@ class Lanes:
         if flying.joined is None:
             flying.joined = []
         flying.joined.append((copy.source, copy.offset))
-        if copy.batch is not None:
+        if copy.batch is not None and flying.batch is not None:
             copy.batch.flying = flying
+            flying.batch.turn = max(flying.batch.turn, copy.batch.turn)  # or its manifest would be one that is over
         known, newer = flying.delivery, copy.delivery
         if newer.hop > known.hop:
             known.hop, known.attempt, known.parks = newer.hop, newer.attempt, newer.parks

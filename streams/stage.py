@@ -69,6 +69,7 @@ TICK_MARGIN_MS: Final = 20
 TICK_AGAIN_S: Final = 0.5
 AGAIN_S: Final = 1.0
 UNREAD_SIZE: Final = 1024  # of a batch whose records are not in memory
+ROOM_SHARE: Final = 0.9  # of what open batches may hold, once that was too much
 RECORD_OVERHEAD_BYTES: Final = 2000  # Python's objects for a record and its headers
 TICK_EVERY_S: Final = 0.1
 REFUSED_S: Final = 0.2
@@ -144,10 +145,13 @@ class Slot:
     def take_over(self, kept: Kept, name: str) -> None:
         self.log = name
         for of, cursor in kept.cursors.items():
+            if cursor.log != name:  # the topic was made anew under its name
+                continue
             floors = {place: floor for place, (floor, _) in cursor.seen.items()}
             seen = {place: dict.fromkeys(unpack_offsets(packed), -1) for place, (_, packed) in cursor.seen.items()}
             self.ways[of] = _Way(cursor.last, floors, seen, deque())
-        self.batches = kept.batches
+        self.batches = {key: batch for key, batch in kept.batches.items() if batch.log == name}
+        self.dirty_batches = set(kept.batches) - set(self.batches)
         self.boundaries = Boundaries({of: way.last for of, way in self.ways.items()})
         self.ready = True
 
@@ -174,36 +178,59 @@ class Slot:
         self._stage.changed()
 
     def _done(self, batch: StagedBatch) -> None:
-        of, first = batch.of, batch.span.first
-        if self.active.get((of, first)) is batch:
-            del self.active[of, first]
+        key = batch.of, batch.span.first
+        if self.active.get(key) is batch:
+            del self.active[key]
         flying = batch.flying
-        if flying is not None and flying.end == "again":
-            self.batches[of, first] = self._record(batch, batch.turn + 1)
-            self.dirty_batches.add((of, first))
-        elif self.batches.pop((of, first), None) is not None:
-            self.dirty_batches.add((of, first))
-        if batch.turn:
-            return  # its cursor is past it already
-        way = self.ways[of]
+        ended = batch if flying is None or flying.batch is None else flying.batch
+        again = flying is not None and flying.end == "again"
+        if again:
+            self._keep(batch, ended, ended.turn + 1)
+        way = self.way(batch.of)
         for closed in way.closed:
             if closed.batch is batch:
                 closed.done = True
                 break
+        self.pass_by(way)
+        if again:
+            return
+        if batch.span.last > way.last:  # not forgotten before that: whoever begins at the cursor forms it again
+            self._keep(batch, ended, ended.turn, over=True)
+        elif self.batches.pop(key, None) is not None:
+            self.dirty_batches.add(key)
+
+    def pass_by(self, way: _Way) -> None:
+        """The cursor goes on over all batches that are done."""
         while way.closed and way.closed[0].done:
             closed = way.closed.popleft()
-            way.last = closed.batch.span.last
+            of, span = closed.batch.of, closed.batch.span
+            way.last = span.last
             way.floors = closed.floors
             for place, floor in closed.floors.items():
                 seen = way.seen.get(place)
                 if seen is not None:
                     way.seen[place] = {offset: at for offset, at in seen.items() if offset >= floor}
             self.dirty.add(of)
+            known = self.batches.get((of, span.first))
+            if known is not None and known.over:
+                del self.batches[of, span.first]
+                self.dirty_batches.add((of, span.first))
 
-    @staticmethod
-    def _record(batch: StagedBatch, turn: int) -> BatchRecord:
-        span = batch.span
-        return BatchRecord(span.last, batch.count, turn, batch.unsure, tuple(batch.skip), batch.noted)
+    def _keep(self, batch: StagedBatch, ended: StagedBatch, turn: int, *, over: bool = False) -> None:
+        """`ended`: whose end was this batch's. It may be of an earlier assignment, and know less of what was noted."""
+        key = batch.of, batch.span.first
+        known = self.batches.get(key)
+        record = self._record(batch, turn)
+        self.batches[key] = replace(
+            record,
+            unsure=batch.unsure or ended.unsure,
+            noted=record.noted if known is None else known.noted,
+            over=over,
+        )
+        self.dirty_batches.add(key)
+
+    def _record(self, batch: StagedBatch, turn: int) -> BatchRecord:
+        return BatchRecord(batch.span.last, batch.count, self.log, turn, batch.unsure, tuple(batch.skip), batch.noted)
 
     async def note(self, batch: StagedBatch, noted: bytes) -> None:
         key = batch.of, batch.span.first
@@ -211,10 +238,10 @@ class Slot:
             self.batches[key] = replace(self._record(batch, batch.turn), noted=noted)
             self.dirty_batches.add(key)
         written = False
-        while not written:
-            if self.gone:
-                raise NotOwned
+        while not written and not self.gone:
             written = await self._stage.written()
+        if self.gone:  # then nothing of it was in what has been written since
+            raise NotOwned
 
     async def read_again(self, batch: StagedBatch) -> list[Record]:
         return await self._stage.read_range(self.topic, batch)
@@ -229,7 +256,7 @@ class Slot:
             before = [offset for offset, at in offsets.items() if at <= way.last and offset >= floor]
             if before or floor:
                 seen[place] = (floor, pack_offsets(before))
-        return CursorRecord(way.last, seen)
+        return CursorRecord(way.last, self.log, seen)
 
     def committable(self) -> int:
         """The offset below which nothing is needed any more."""
@@ -278,6 +305,7 @@ class Stage:
         self._limits: dict[bytes, Limits] = {}
         self._unknown: Unknowns[_Waiting] = Unknowns(tenants, self._asked, max_bytes)
         self._paused_by: set[str] = set()
+        self._held = False
         self._consumer: Any = None
         self._tasks: list[asyncio.Task[None]] = []
         self._loads: set[asyncio.Task[None]] = set()
@@ -287,7 +315,7 @@ class Stage:
         self._ticked_at = 0.0
         self._drained = asyncio.Event()
         self._stopping = False
-        self.held_bytes = 0
+        self._gathered_bytes = 0
 
     # ---------------------------------------------------------------- for the worker
 
@@ -330,6 +358,11 @@ class Stage:
 
     def resume(self, reason: str) -> None:
         self._paused_by.discard(reason)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of open batches, and of closed ones that wait for the registry."""
+        return self._gathered_bytes + self._unknown.held_bytes
 
     @property
     def unsettled(self) -> int:
@@ -406,7 +439,7 @@ class Stage:
     def _let_go(self, slot: Slot) -> None:
         for gathering in slot.gathering.values():
             if gathering.records is not None:
-                self.held_bytes -= gathering.size
+                self._gathered_bytes -= gathering.size
         slot.gathering.clear()
 
     async def _load(self, slots: list[Slot]) -> None:
@@ -429,7 +462,8 @@ class Stage:
                 elif not slot.gone:
                     slot.take_over(found, names[slot.topic])
                     begun.append(slot)
-            self._consumer.resume([confluent_kafka.TopicPartition(slot.topic, slot.partition) for slot in begun])
+            if not self._held:  # else all are resumed together
+                self._consumer.resume([confluent_kafka.TopicPartition(slot.topic, slot.partition) for slot in begun])
             slots = [slot for slot in slots if slot not in begun]
             if slots:
                 await asyncio.sleep(AGAIN_S)
@@ -443,11 +477,10 @@ class Stage:
 
     async def _read(self) -> None:
         consumer = self._consumer
-        held = False
         while True:
-            hold = bool(self._paused_by) or not self._lanes.room.is_set()
-            if hold != held:
-                held = hold
+            hold = bool(self._paused_by) or not self._lanes.room.is_set() or self._unknown.held_bytes > self._max_bytes
+            if hold != self._held:
+                self._held = hold
                 self._hold(hold)
             found: list[Any] = []
             message = consumer.poll(0)
@@ -517,11 +550,11 @@ class Stage:
         if gathering.records is not None:
             gathering.records.append(Record(offset, headers, value))
             gathering.size += size
-            self.held_bytes += size
+            self._gathered_bytes += size
         closed_now = slot.boundaries.take(of, offset, at_ms, len(value), limits)
         if closed_now is not None:
             self._close(slot, closed_now)
-        elif self.held_bytes > self._max_bytes:
+        elif self._gathered_bytes > self._max_bytes:
             self._make_room()
 
     def _limits_of(self, headers: Mapping[str, bytes]) -> Limits | None:
@@ -563,15 +596,13 @@ class Stage:
             tenant.dropped("repeated")
 
     def _make_room(self) -> None:
-        """The open batch that holds most is read again once it is whole."""
-        fullest: tuple[int, _Gathering] | None = None
-        for slot in self._slots.values():
-            for gathering in slot.gathering.values():
-                if gathering.records is not None and (fullest is None or gathering.size > fullest[0]):
-                    fullest = gathering.size, gathering
-        if fullest is not None:
-            self.held_bytes -= fullest[0]
-            fullest[1].records = None
+        """The open batches that hold most are read again once they are whole: some at once, since all are looked at."""
+        held = [one for slot in self._slots.values() for one in slot.gathering.values() if one.records is not None]
+        for gathering in sorted(held, key=lambda one: one.size, reverse=True):
+            if self._gathered_bytes <= self._max_bytes * ROOM_SHARE:
+                return
+            self._gathered_bytes -= gathering.size
+            gathering.records = None
 
     # ---------------------------------------------------------------- batches
 
@@ -579,7 +610,7 @@ class Stage:
         of = closed.of
         gathering = slot.gathering.pop(of)
         if gathering.records is not None:
-            self.held_bytes -= gathering.size
+            self._gathered_bytes -= gathering.size
         known = slot.batches.get((of, closed.first))
         batch = StagedBatch(
             slot,
@@ -596,6 +627,13 @@ class Stage:
         way = slot.way(of)
         floors = {name: max(slot.floors.get(name, 0), way.floors.get(name, 0)) for name in way.seen}
         way.closed.append(_Closed(batch, floors))
+        if known is not None and (
+            known.turn or known.over
+        ):  # before one in front of it was: its manifest stands for it
+            way.closed[-1].done = True
+            slot.pass_by(way)
+            self.changed()
+            return
         slot.items[closed.first] = slot.active[of, closed.first] = batch
         size = closed.size + closed.count * RECORD_OVERHEAD_BYTES if gathering.records is not None else UNREAD_SIZE
         self._admit(_Waiting(slot, batch, None, size), asked=False)
@@ -611,11 +649,14 @@ class Stage:
         key = of, manifest.first
         known = slot.batches.get(key)
         turn = 0 if known is None else known.turn
-        if key in slot.active and turn < manifest.turn:
+        if key in slot.active and turn < manifest.turn and key not in slot.early:
             slot.items[offset] = None
             slot.early[key] = message
             return
-        if known is None or turn != manifest.turn or manifest.partition != slot.partition:
+        current = (
+            known is not None and not known.over and turn == manifest.turn and manifest.partition == slot.partition
+        )
+        if known is None or not current or key in slot.active:  # that one stands for all manifests of its turn
             self._repeated(slot, of)
             return
         batch = StagedBatch(

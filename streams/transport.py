@@ -814,6 +814,7 @@ class Consumer(driver.Consumer):
             carry = self._carries.pop(at, NO_CARRY)
             if records[0].offset < carry.floor:
                 self._valid_from[at] = self._generation  # what settles late may be of another log of that name
+                self._restarted.add(at)
             tracker = self._trackers[at] = Tracker(self._generation, carry)
         first, last = records[0].offset, records[-1].offset
         whole = last - first < len(records)  # no number is missing between them
