@@ -113,7 +113,7 @@ def command(once: bool, events: int | None, rate: float, keep: bool, folder: Pat
                 say("ending")
             for store in STORES:
                 if (fault := demo.far_sides.fault(store.kind)) is not None:
-                    say(f"{store.tenant} got nothing: {fault}")
+                    say(f"{store.tenant}: {fault}")
     except (embedded.StackError, InboxError, FarSideError, DemoFault) as fault:
         raise click.ClickException(str(fault)) from None
     if not once:

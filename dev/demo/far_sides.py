@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPException
 from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import quote
@@ -45,7 +46,11 @@ _LIST: Final = "{http://s3.amazonaws.com/doc/2006-03-01/}"
 
 
 class FarSideError(Exception):
-    """It did not start. The message is for the user."""
+    """It did not start, or does not answer any more. The message is for the user."""
+
+
+# What a far side that has gone, or is slow, makes of being asked.
+_UNANSWERED: Final = (OSError, HTTPException, KafkaException)
 
 
 class Held(Struct, frozen=True):
@@ -102,10 +107,10 @@ class Bucket:
 
     def take(self) -> Sequence[Held]:
         found: list[Held] = []
-        for key, version in self._listed():
-            if (key, version) not in self._read:  # one written over is read anew
-                self._read.add((key, version))
-                found += map(_held, gzip.decompress(self._get(f"/{quote(key)}")).splitlines())
+        new = [each for each in self._listed() if each not in self._read]  # one written over is new
+        for key, _ in new:
+            found += map(_held, gzip.decompress(self._get(f"/{quote(key)}")).splitlines())
+        self._read.update(new)
         return found
 
     def close(self) -> None:
@@ -213,12 +218,13 @@ class FarSides:
     """All of them, by tenant. `open` and `take` of each run in its thread; the rest is for one thread."""
 
     def __init__(self, home: Path, run: str) -> None:
-        self._name = f"demo-{run}"
+        self._name = f"headgate-demo-{run}"
         self._all: dict[Kind, FarSide] = {}
         self._threads = ThreadPoolExecutor(len(STORES))
         self._opening: dict[Kind, Future[None]] = {}
         self._taking: dict[Kind, Future[tuple[Sequence[Held], float]]] = {}
         self._next: dict[Kind, float] = {}
+        self._unread: dict[Kind, str] = {}
         self._home = home
 
     def start(self) -> None:
@@ -240,9 +246,11 @@ class FarSides:
         return opening.done() and opening.exception() is None
 
     def fault(self, kind: Kind) -> str | None:
-        """Why it will never open."""
+        """Why it will never open, or could not be read the last time."""
         opening = self._opening[kind]
-        return str(opening.exception()) if opening.done() and opening.exception() is not None else None
+        if opening.done() and opening.exception() is not None:
+            return str(opening.exception())
+        return self._unread.get(kind)
 
     def wait_until_open(self) -> None:
         """Raises `FarSideError`."""
@@ -250,9 +258,12 @@ class FarSides:
             opening.result()
 
     def take_all(self) -> Mapping[Kind, Sequence[Held]]:
-        """Asks all and waits for them."""
+        """Asks all and waits for them. Raises `FarSideError`."""
         asked = {kind: self._threads.submit(one.take) for kind, one in self._all.items()}
-        return {kind: each.result() for kind, each in asked.items()}
+        try:
+            return {kind: each.result() for kind, each in asked.items()}
+        except _UNANSWERED as fault:
+            raise FarSideError(f"bucket, dataset or topic could not be read: {fault}") from fault
 
     def take_done(self) -> Mapping[Kind, Sequence[Held]]:
         """What has been read meanwhile; asks those whose turn it is, and does not wait."""
@@ -262,7 +273,12 @@ class FarSides:
                 if not taking.done():
                     continue
                 del self._taking[kind]
-                found[kind], took_s = taking.result()
+                took_s = 0.0
+                self._unread.pop(kind, None)
+                try:
+                    found[kind], took_s = taking.result()
+                except _UNANSWERED as fault:  # it may come back, and is asked again
+                    self._unread[kind] = f"it could not be read: {fault}"
                 self._next[kind] = time.monotonic() + max(READ_EVERY_S, REST_FOR_WORK * took_s)
             if self.is_open(kind) and time.monotonic() >= self._next.get(kind, 0.0):
                 self._taking[kind] = self._threads.submit(_timed, one)

@@ -23,7 +23,7 @@ from msgspec import structs
 from rich.console import Console
 
 from cli.demo import Row, live_table, try_next
-from dev import s3
+from dev import s3, wait
 from dev.demo.checks import Letter, Seen, all_stored, check, check_mended, check_stored, complete, due
 from dev.demo.events import DemoEvent, stream
 from dev.demo.far_sides import Bucket, FarSideError, FarSides, Held
@@ -346,6 +346,22 @@ def test_a_far_side_that_does_not_start_says_why_and_keeps_no_other_from_opening
         far_sides.close()
 
 
+def test_a_far_side_that_has_gone_is_told_of_while_the_others_are_read_on(tmp_path: Path) -> None:
+    far_sides = FarSides(tmp_path, "test")
+    try:
+        far_sides.start()
+        assert wait.until(lambda: far_sides.is_open(Kind.S3), 60)
+        far_sides.take_done()
+        far_sides.bucket.close()
+        assert wait.until(lambda: not far_sides.take_done() and far_sides.fault(Kind.S3) is not None, 60)
+        assert "could not be read" in (far_sides.fault(Kind.S3) or "")
+        with pytest.raises(FarSideError, match="could not be read"):
+            far_sides.take_all()
+        assert far_sides.fault(Kind.BIGQUERY) is None
+    finally:
+        far_sides.close()
+
+
 def test_what_a_bucket_holds_is_taken_once_and_an_object_written_over_again(tmp_path: Path) -> None:
     bucket = Bucket(tmp_path, "demo-test")
 
@@ -389,7 +405,9 @@ def test_the_demo_checks_every_delivery_and_ends_what_it_started(stack: Stack) -
     for store in STORES:
         assert f"ok     {store.shown} holds every event of its tenant once" in done.stdout
     admin = AdminClient({"bootstrap.servers": stack.kafka_bootstrap})
-    assert [topic for topic in admin.list_topics(timeout=30).topics if re.fullmatch("demo-[0-9a-f]{6}", topic)] == []
+    assert [
+        topic for topic in admin.list_topics(timeout=30).topics if re.fullmatch("headgate-demo-[0-9a-f]{6}", topic)
+    ] == []
     assert status(stack.dir).services == before
 
 
