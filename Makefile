@@ -26,7 +26,7 @@ setup: $(if $(wildcard $(VENV)/.test),$(VENV)/.test,$(VENV)/.run) ## a locked en
 setup-test: $(VENV)/.test
 	@$(BIN)/python -m dev
 
-run: setup ## the demo: broker, worker, inbox, sample tenants and a live table, until Ctrl-C
+run: setup ## the demo: broker, worker, far sides, sample tenants and a live table, until Ctrl-C
 	@$(BIN)/headgate demo
 
 fmt: $(VENV)/.test ## format the code

@@ -1,4 +1,4 @@
-"""`headgate demo`: the embedded stack, a worker, an inbox, tenants and events, and what becomes of them.
+"""`headgate demo`: the embedded stack, a worker, far sides, tenants and events, and what becomes of them.
 
 Owns the life of its processes and what is shown. What the tenants are, which events there are and what must become of
 them is `dev/demo`'s.
@@ -39,11 +39,13 @@ from rich.text import Text
 from cli.output import counted, say, told
 from config.kafka import client_config
 from config.settings import Settings
+from dev import s3
 from dev import stack as embedded
 from dev.demo import checks
 from dev.demo.checks import Letter, Seen
 from dev.demo.events import DemoEvent, stream
-from dev.demo.places import PLACES, TENANTS, new_secrets
+from dev.demo.far_sides import FarSideError, FarSides, Held
+from dev.demo.places import PLACES, STORES, TENANTS, Kind, new_secrets
 from dev.inbox import ACCEPT, InboxError, Received, RemoteInbox
 
 CONFIG: Final = Path(checks.__file__).with_name("config.yaml")
@@ -90,9 +92,10 @@ LOG_TAIL_BYTES: Final = 3000
 def command(once: bool, events: int | None, rate: float, keep: bool, folder: Path) -> None:
     """Tenants, events and an inbox on this machine, live, until Ctrl-C.
 
-    Starts the embedded stack (unless it runs already), a worker and a local inbox for webhooks; applies seven tenants:
-    one with a filter, one whose destination fails at first, one whose destination refuses, three whose names look
-    alike; publishes a stream of events and shows what becomes of them.
+    Starts the embedded stack (unless it runs already), a worker, a local inbox for webhooks, an S3 and a BigQuery
+    endpoint; applies ten tenants: one with a filter, one whose destination fails at first, one whose destination
+    refuses, three whose names look alike, and one each with a bucket, a dataset and a topic; publishes a stream of
+    events and shows what becomes of them.
 
     Everything the demo makes has names of its own in Kafka (prefix headgate-demo), so that it disturbs no tenants of
     yours, and ends with it: what it started is stopped, and a stack that it made is deleted, unless --keep.
@@ -108,7 +111,10 @@ def command(once: bool, events: int | None, rate: float, keep: bool, folder: Pat
                 _watch(demo, events, rate)
             except KeyboardInterrupt:
                 say("ending")
-    except (embedded.StackError, InboxError, DemoFault) as fault:
+            for store in STORES:
+                if (fault := demo.far_sides.fault(store.kind)) is not None:
+                    say(f"{store.tenant}: {fault}")
+    except (embedded.StackError, InboxError, FarSideError, DemoFault) as fault:
         raise click.ClickException(str(fault)) from None
     if not once:
         _farewell(folder, keep)
@@ -135,17 +141,25 @@ def _hung_up(_signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 class Demo:
-    """A running demo: stack, inbox, worker, tenants applied."""
+    """A running demo: stack, inbox, worker, tenants applied; other far sides may still be starting."""
 
-    def __init__(self, env: Mapping[str, str], inbox: RemoteInbox, worker: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self,
+        run: str,
+        env: Mapping[str, str],
+        inbox: RemoteInbox,
+        far_sides: FarSides,
+        worker: subprocess.Popen[bytes],
+        log: Path,
+    ) -> None:
         self.env = env
         self.inbox = inbox
+        self.far_sides = far_sides
         self.settings = Settings.load(env)
-        self.run = secrets.token_hex(3)
         self.published: Counter[str] = Counter()
         self._worker = worker
         self._log = log
-        self._stream = stream(self.run, SEED)
+        self._stream = stream(run, SEED)
         self._refused: list[str] = []
         self._producer = Producer(
             client_config(
@@ -161,9 +175,10 @@ class Demo:
         )
 
     def publish(self, count: int) -> list[DemoEvent]:
-        """The next events of the stream, handed to the producer."""
+        """The next events of the stream, handed to the producer. None for a far side that is not open yet."""
         topic = self.settings.topics.ingress(self.settings.vendors[0])
-        events = list(islice(self._stream, count))
+        closed = {store.tenant for store in STORES if not self.far_sides.is_open(store.kind)}
+        events = list(islice((event for event in self._stream if event.tenant not in closed), count))
         for event in events:
             self._producer.produce(topic, event.value, event.tenant.encode())
             self.published[event.tenant] += 1
@@ -272,33 +287,48 @@ def _running(folder: Path, keep: bool) -> Iterator[Demo]:
     """Everything started; on the way out all of it ended, in the reverse order."""
     with ExitStack() as cleanup:
         before = embedded.status(folder)
-        say("starting Kafka and Redis" if not before.ready else f"using the stack that runs in {folder}")
         if not before.ready and not keep:
             # data that were there before stay; what only this demo has made goes
             cleanup.callback(embedded.down, folder, keep=before.exists)
-        stack = embedded.up(folder, say=say)
         home = Path(cleanup.enter_context(TemporaryDirectory(prefix="headgate-demo-")))
+        run = secrets.token_hex(3)
+        far_sides = FarSides(home, run)
+        cleanup.callback(far_sides.close)
+        say("starting S3 and BigQuery")
+        far_sides.start()  # first: the latter takes longer than all else
+        say("starting Kafka and Redis" if not before.ready else f"using the stack that runs in {folder}")
+        stack = embedded.up(folder, say=say)
+        far_sides.start_topic(stack.kafka_bootstrap)
         inbox = cleanup.enter_context(RemoteInbox.spawn())
         env = {
             **stack.settings(),
             "HEADGATE_PREFIX": os.environ.get("HEADGATE_PREFIX", PREFIX),
             "HEADGATE_EGRESS_ALLOW": "127.0.0.0/8",
+            "HEADGATE_BIGQUERY_ENDPOINT": far_sides.dataset.endpoint,
             "HEADGATE_WORKER_ID": "demo-0",
             "HEADGATE_HTTP_PORT": str(_free_port()),
             "HEADGATE_TENANT_LABEL": "tenant",
             "HEADGATE_LOG_FORMAT": "json",
             "TMPDIR": str(home),
         }
-        signing = new_secrets()
+        theirs = new_secrets()
         for place in PLACES:
-            inbox.script(place.path, place.script, secrets=[signing[place.secret]])
+            inbox.script(place.path, place.script, secrets=[theirs[place.secret]])
         say(f"applying {CONFIG.name}: {len(TENANTS)} tenants")
-        _apply({**env, **signing}, CONFIG.read_text().replace("INBOX/", inbox.url("/")))
+        text = CONFIG.read_text()
+        for name, value in {
+            "INBOX/": inbox.url("/"),
+            "S3URL": s3.url(far_sides.bucket.port),
+            "KAFKA": stack.kafka_bootstrap,
+            "RUN": run,
+        }.items():
+            text = text.replace(name, value)
+        _apply({**env, **theirs}, text)
         say("starting a worker")
         log = home / "worker.log"
         worker = _start_worker(env, log)
         cleanup.callback(_end_worker, worker)
-        demo = Demo(env, inbox, worker, log)
+        demo = Demo(run, env, inbox, far_sides, worker, log)
         demo.wait_until_ready()
         yield demo
 
@@ -360,6 +390,7 @@ def _free_port() -> int:
 
 def _once(demo: Demo, count: int) -> int:
     """Publish, wait until everything has arrived, check. The exit code."""
+    demo.far_sides.wait_until_open()
     say(f"publishing {counted(count, 'event')}")
     began = time.monotonic()
     published: list[DemoEvent] = []
@@ -369,12 +400,14 @@ def _once(demo: Demo, count: int) -> int:
     demo.flush()
     say("waiting until all of them have come to an end")
     received: dict[str, list[Received]] = {place.path: [] for place in PLACES}
+    stored: dict[Kind, list[Held]] = {store.kind: [] for store in STORES}
     deadline = time.monotonic() + ONCE_TIMEOUT_S
     while True:
         for path, got in demo.look().items():
             received[path] += got
+        _take_stored(demo, stored)
         late = time.monotonic() > deadline
-        if late or checks.complete(published, received):
+        if late or (checks.complete(published, received) and checks.all_stored(published, stored)):
             # an answer of 422 is a moment ahead of its dead letter
             before = Seen(received, demo.letters())
             results = checks.check(published, before)
@@ -383,6 +416,8 @@ def _once(demo: Demo, count: int) -> int:
         time.sleep(REFRESH_S)
     if not late:
         results += _mended(demo, published, before)
+        _take_stored(demo, stored)  # what came twice, the second time last
+    results += checks.check_stored(published, stored)
     for result in results:
         click.echo(f"{'ok    ' if result.held else 'FAILED'} {result.promise} ({result.count} checked)")
         for fault in result.faults[:SHOWN_FAULTS]:
@@ -391,13 +426,20 @@ def _once(demo: Demo, count: int) -> int:
             click.echo(f"         … and {len(result.faults) - SHOWN_FAULTS} more")
     held = all(result.held for result in results)
     requests = sum(map(len, received.values()))
+    held_there = sum(map(len, stored.values()))
     click.echo(
         f"{'all held' if held else 'NOT all held'}: {counted(count, 'event')} of {len(TENANTS)} tenants, "
-        f"{counted(requests, 'request')}, {time.monotonic() - began:.1f} s"
+        f"{counted(requests, 'request')}, "
+        f"{counted(held_there, 'event')} in bucket, dataset and topic, {time.monotonic() - began:.1f} s"
     )
     if not held:
         say(f"the end of the worker's log:\n{demo.log()}")
     return 0 if held else 1
+
+
+def _take_stored(demo: Demo, stored: Mapping[Kind, list[Held]]) -> None:
+    for kind, come in demo.far_sides.take_all().items():
+        stored[kind] += come
 
 
 def _mended(demo: Demo, published: Sequence[DemoEvent], before: Seen) -> list[checks.Check]:
@@ -414,15 +456,18 @@ def _mended(demo: Demo, published: Sequence[DemoEvent], before: Seen) -> list[ch
 
 
 class Row(msgspec.Struct, frozen=True):
-    """Times are from `occurredAt` to the attempt that was accepted, in ms, over the last deliveries."""
+    """Times are from `occurredAt` to the attempt that was accepted, in ms, over the last deliveries; of a bucket, a
+    dataset or a topic to the moment in which it was read and the event was there."""
 
     tenant: str
     published: int
     delivered: int
-    retrying: int
+    retrying: int | None
+    """None: cannot be seen from the far side."""
     dead: int
     p50_ms: float | None
     p99_ms: float | None
+    note: str
 
 
 class Tally:
@@ -440,6 +485,24 @@ class Tally:
         self.failing.discard(request.webhook_id)
         happened = datetime.fromisoformat(msgspec.json.decode(request.body, type=_Happened).occurredAt)
         self.ages_ms.append(request.arrived_at_ms - happened.timestamp() * 1000)
+
+
+class Stored:
+    """What a bucket, a dataset or a topic holds of one tenant's events, kept up from look to look."""
+
+    def __init__(self) -> None:
+        self.delivered = 0
+        self.ages_ms: deque[float] = deque(maxlen=TIMED_DELIVERIES)
+        self._under_way_ms: dict[str, float] = {}
+
+    def publish(self, event: DemoEvent) -> None:
+        self._under_way_ms[event.id] = time.time() * 1000
+
+    def take(self, come: Sequence[Held]) -> None:
+        for one in come:
+            if (since_ms := self._under_way_ms.pop(one.id, None)) is not None:
+                self.delivered += 1
+                self.ages_ms.append(time.time() * 1000 - since_ms)
 
 
 class _Happened(msgspec.Struct):
@@ -479,7 +542,9 @@ class Mending:
 def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
     """Publish at the rate and show the table until Ctrl-C."""
     console = Console()
-    tallies = {tenant: Tally() for tenant in TENANTS}
+    tallies = {place.tenant: Tally() for place in PLACES}
+    stored = {store.tenant: Stored() for store in STORES}
+    kept = {store.kind: stored[store.tenant] for store in STORES}
     began = time.monotonic()
     looked = shown = began - PLAIN_EVERY_S
     stumbled = began
@@ -491,7 +556,9 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
         )
         while True:
             due = int((time.monotonic() - began) * rate_per_s) + 1
-            demo.publish(max(0, min(due, limit or due) - demo.published.total()))
+            for event in demo.publish(max(0, min(due, limit or due) - demo.published.total())):
+                if event.tenant in stored:
+                    stored[event.tenant].publish(event)
             if time.monotonic() - stumbled >= STUMBLE_EVERY_S:
                 stumbled = time.monotonic()
                 for place in PLACES:
@@ -504,7 +571,10 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
                 for place in PLACES:
                     for request in arrived[place.path]:
                         tallies[place.tenant].take(request)
-                table = live_table(_rows(demo, tallies, mending.replayed), demo.published.total())
+                for kind, come in demo.far_sides.take_done().items():
+                    kept[kind].take(come)
+                rows = _rows(demo, tallies, stored, mending.replayed)
+                table = live_table(rows, demo.published.total())
                 if screen is not None:
                     screen.update(Group(table, Text(), *try_next(demo.env)), refresh=True)
                 elif looked - shown >= PLAIN_EVERY_S:
@@ -513,13 +583,14 @@ def _watch(demo: Demo, limit: int | None, rate_per_s: float) -> None:
             time.sleep(POLL_S)
 
 
-def _rows(demo: Demo, tallies: Mapping[str, Tally], replayed: Mapping[str, int]) -> list[Row]:
+def _rows(
+    demo: Demo, tallies: Mapping[str, Tally], stored: Mapping[str, Stored], replayed: Mapping[str, int]
+) -> list[Row]:
     ended = demo.dead()
     dead = {tenant: max(0, ended[tenant] - replayed.get(tenant, 0)) for tenant in tallies}
     paths = demo.inbox.stats().paths
     rows = []
     for tenant, tally in tallies.items():
-        cuts = quantiles(tally.ages_ms, n=100) if len(tally.ages_ms) > 1 else None
         rows.append(
             Row(
                 tenant,
@@ -527,11 +598,35 @@ def _rows(demo: Demo, tallies: Mapping[str, Tally], replayed: Mapping[str, int])
                 sum(paths[place.path].accepted for place in PLACES if place.tenant == tenant),
                 max(0, len(tally.failing) - dead[tenant]),
                 dead[tenant],
-                cuts[49] if cuts else None,
-                cuts[98] if cuts else None,
+                *_cuts(tally.ages_ms),
+                _NOTES[tenant],
+            )
+        )
+    for store in STORES:
+        kept = stored[store.tenant]
+        note = f"to {store.shown}" if demo.far_sides.is_open(store.kind) else f"{store.shown} starts"
+        if demo.far_sides.fault(store.kind) is not None:
+            note = f"no {store.shown}"
+        rows.append(
+            Row(
+                store.tenant,
+                demo.published[store.tenant],
+                kept.delivered,
+                None,
+                ended[store.tenant],
+                *_cuts(kept.ages_ms),
+                note,
             )
         )
     return rows
+
+
+def _cuts(ages_ms: Sequence[float]) -> tuple[float | None, float | None]:
+    """Median and 99th percentile."""
+    if len(ages_ms) < 2:
+        return None, None
+    cuts = quantiles(ages_ms, n=100)
+    return cuts[49], cuts[98]
 
 
 # beside the numbers of a terminal of 80 columns
@@ -558,11 +653,11 @@ def live_table(rows: Sequence[Row], published: int) -> Table:
             row.tenant,
             str(row.published),
             Text(str(row.delivered), style="green" if row.delivered else ""),
-            Text(str(row.retrying), style="yellow" if row.retrying else ""),
+            Text("-" if row.retrying is None else str(row.retrying), style="yellow" if row.retrying else ""),
             Text(str(row.dead), style="red" if row.dead else ""),
             _duration(row.p50_ms),
             _duration(row.p99_ms),
-            Text(_NOTES[row.tenant], style="dim", no_wrap=True, overflow="ellipsis"),
+            Text(row.note, style="dim", no_wrap=True, overflow="ellipsis"),
         )
     return table
 

@@ -1,5 +1,7 @@
 """Whether everything that was published came to the end that it should. Pure: works on what was seen, asks nobody."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +9,8 @@ import msgspec
 from msgspec import Struct
 
 from dev.demo.events import DemoEvent
-from dev.demo.places import PLACES, Place
+from dev.demo.far_sides import Held
+from dev.demo.places import PLACES, STORES, Kind, Place, Store
 from dev.inbox import Received
 
 
@@ -47,7 +50,7 @@ class Check(Struct, frozen=True):
         return self.count > 0 and not self.faults
 
 
-def due(place: Place, events: Iterable[DemoEvent]) -> dict[str, DemoEvent]:
+def due(place: Place | Store, events: Iterable[DemoEvent]) -> dict[str, DemoEvent]:
     """The events that a place should get, by id."""
     return {
         event.id: event for event in events if event.tenant == place.tenant and place.wants(event.type, event.payload)
@@ -61,6 +64,11 @@ def complete(events: Sequence[DemoEvent], received: Mapping[str, Sequence[Receiv
         <= {event_id(one) for one in received[place.path] if place.dead or 200 <= one.status < 300}
         for place in PLACES
     )
+
+
+def all_stored(events: Sequence[DemoEvent], stored: Mapping[Kind, Sequence[Held]]) -> bool:
+    """Whether bucket, dataset and topic hold all that they are due."""
+    return all(due(store, events).keys() <= {one.id for one in stored[store.kind]} for store in STORES)
 
 
 def event_id(request: Received) -> str:
@@ -125,6 +133,42 @@ def check_mended(events: Sequence[DemoEvent], before: Seen, after: Seen) -> list
         ),
         Check("what was replayed is no longer listed as a dead letter", listed, tuple(left)),
     ]
+
+
+def check_stored(events: Sequence[DemoEvent], stored: Mapping[Kind, Sequence[Held]]) -> list[Check]:
+    """The promises of bucket, dataset and topic."""
+    results = []
+    for store in STORES:
+        wanted = due(store, events)
+        copies = Counter(one.id for one in stored[store.kind])
+        once = [f"{event} is there {copies[event]} times" for event in sorted(wanted) if copies[event] != 1]
+        # new with each run of the demo: nobody else's events can have got there rightly
+        astray = [
+            f"{one.id} of {one.owner or 'another tenant'} is there"
+            for one in stored[store.kind]
+            if one.id not in wanted or one.owner not in (None, store.tenant)
+        ]
+        changed = [
+            f"{one.id} is not what was published"
+            for one in stored[store.kind]
+            if (event := wanted.get(one.id)) is not None
+            and (one.type, exact(one.payload)) != (event.type, exact(event.value)["payload"])
+        ]
+        results += [
+            Check(f"{store.shown} holds every event of its tenant once", len(wanted), tuple(once)),
+            Check(f"{store.shown} holds nothing else", copies.total(), tuple(astray)),
+            Check(f"{store.shown} holds type and payload as published, digit for digit", len(wanted), tuple(changed)),
+        ]
+    return results
+
+
+def exact(text: str | bytes) -> Any:
+    """JSON whose numbers are compared by their digits: 1.10 is not 1.1."""
+    return json.loads(text, parse_int=_digits, parse_float=_digits)
+
+
+def _digits(number: str) -> tuple[str]:
+    return (number,)  # a text would be equal to a string of the same digits
 
 
 _Ours = Mapping[str, Sequence[tuple[Received, Body]]]

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from dev.demo.places import TENANTS
 
@@ -45,20 +45,21 @@ def stream(run: str, seed: int) -> Iterator[DemoEvent]:
         number += 1
         tenant = dice.choice(TENANTS)
         event_type = dice.choices(tuple(_TYPES), tuple(_TYPES.values()))[0]
-        aggregate, payload = _payload(dice, event_type)
+        aggregate, written = _payload(dice, event_type)
+        payload = msgspec.json.encode(written)
         event_id = f"evt_{run}_{number:06d}"
         user = f"usr_{dice.randrange(1000)}"
         value = {
             "eventId": event_id,
             "eventType": event_type,
             "occurredAt": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "payload": payload,
+            "payload": Raw(payload),
             "customerExternalId": tenant,
             "source": event_type.partition(".")[0],
             "aggregateId": aggregate,
             "metadata": {"userId": user, "correlationId": f"req_{dice.getrandbits(48):012x}"},
         }
-        yield DemoEvent(event_id, tenant, event_type, payload, msgspec.json.encode(value))
+        yield DemoEvent(event_id, tenant, event_type, msgspec.json.decode(payload), msgspec.json.encode(value))
 
 
 def _payload(dice: random.Random, event_type: str) -> tuple[str, dict[str, Any]]:
@@ -93,6 +94,9 @@ def _payload(dice: random.Random, event_type: str) -> tuple[str, dict[str, Any]]
                 "country": dice.choice(_COUNTRIES),
                 "currency": "CHF",
                 "total": round(dice.lognormvariate(4.5, 1.0), 2),
+                # what a floating-point number would lose: a zero at the end, and digits beyond the seventeenth
+                "taxRate": Raw(b"8.10"),
+                "exchangeRate": Raw(b"1.0%016d10" % number),
                 "card": {"brand": "visa", "number": f"4242 4242 4242 {number % 10_000:04d}"},
             }
             if event_type == "invoice.payment_failed":

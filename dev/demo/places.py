@@ -1,15 +1,19 @@
 """Where the demo's events should arrive and how: config.yaml said again in plain Python, to check the product by."""
 
+import json
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import Any, Final
 
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from msgspec import Struct
 
 from dev.inbox import ACCEPT, Refuse, Script, fail_first
 
-TENANTS: Final = ("acme", "acme2", "ACME", "globex", "hooli", "initech", "umbrella")
+TENANTS: Final = ("acme", "acme2", "ACME", "globex", "hooli", "initech", "umbrella", "soylent", "tyrell", "wonka")
 FAILS_FIRST: Final = 4
 """Too few for the breaker, which opens at 10 attempts of which half failed."""
 REFUSAL: Final = 422
@@ -75,6 +79,41 @@ PLACES: Final = (
 )
 
 
+class Kind(StrEnum):
+    S3 = "s3"
+    BIGQUERY = "bigquery"
+    KAFKA = "kafka"
+
+
+class Store(Struct, frozen=True):
+    """One destination of one tenant that is no webhook: a bucket, a dataset or a topic that nobody else writes to."""
+
+    tenant: str
+    destination: str
+    kind: Kind
+    shown: str
+    wants: Wants = _all
+
+
+STORES: Final = (
+    Store("soylent", "lake", Kind.S3, "S3"),
+    Store("tyrell", "warehouse", Kind.BIGQUERY, "BigQuery"),
+    Store("wonka", "stream", Kind.KAFKA, "Kafka"),
+)
+
+
 def new_secrets() -> dict[str, str]:
-    """A fresh signing secret for each place, by the name of its variable."""
-    return {place.secret: "whsec_" + b64encode(secrets.token_bytes(32)).decode() for place in PLACES}
+    """A fresh secret of each destination, by the name of its variable."""
+    key = rsa.generate_private_key(65537, 2048).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    account = {
+        "type": "service_account",
+        "client_email": "headgate@demo.example",
+        "private_key_id": secrets.token_hex(8),
+        "private_key": key.decode(),
+    }
+    return {
+        **{place.secret: "whsec_" + b64encode(secrets.token_bytes(32)).decode() for place in PLACES},
+        "DEMO_S3_KEY_ID": f"AKIA{secrets.token_hex(8).upper()}",
+        "DEMO_S3_KEY": secrets.token_urlsafe(30),
+        "DEMO_BIGQUERY_KEY": json.dumps(account),
+    }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cli.apply import RULES, command
 from config.document import Document, DocumentError, parse_document, parse_rate_per_s
 from config.nodes import MAX_DEPTH, Place, YamlFault, compose, plain
+from dev.demo.places import new_secrets
 from schemas.control import LimitSpec, RetrySpec
 from schemas.ids import Vendor
 
@@ -98,7 +99,17 @@ def test_the_examples_of_the_documentation_and_of_the_help_are_accepted(tmp_path
     (tmp_path / "acme-token").write_text("Bearer t")
     page = Path("docs/configuration.md").read_text()
     example = page.partition("```yaml\n")[2].partition("```")[0]
-    assert parse(example, str(tmp_path / "headgate.yaml")).tenants[0].external_id == "acme"
+    theirs = new_secrets()
+    env = {
+        "ACME_SIGNING_SECRET": SIGNING,
+        "ACME_KAFKA_PASSWORD": "p",
+        "ACME_S3_KEY_ID": theirs["DEMO_S3_KEY_ID"],
+        "ACME_S3_KEY": theirs["DEMO_S3_KEY"],
+        "ACME_BIGQUERY_KEY": theirs["DEMO_BIGQUERY_KEY"],
+    }
+    (acme,) = parse(example, str(tmp_path / "headgate.yaml"), env).tenants
+    assert acme.external_id == "acme"
+    assert sorted(destination.type for destination in acme.destinations) == ["bigquery", "kafka", "s3", "webhook"]
     shown = inspect.cleandoc(command.help or "").partition("\b\n")[2].partition("\n\nPrints")[0]
     assert parse(shown).tenants[0].routes[0].where == "payload.total > 100"
 

@@ -1,10 +1,14 @@
 """The demo's verdict is worth something only if it notices what is wrong: each promise is broken here once."""
 
+import gzip
+import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -14,15 +18,18 @@ import msgspec
 import psutil
 import pytest
 import yaml
+from confluent_kafka.admin import AdminClient
 from msgspec import structs
 from rich.console import Console
 
 from cli.demo import Row, live_table, try_next
-from dev.demo.checks import Letter, Seen, check, check_mended, complete, due
+from dev import s3, wait
+from dev.demo.checks import Letter, Seen, all_stored, check, check_mended, check_stored, complete, due
 from dev.demo.events import DemoEvent, stream
-from dev.demo.places import PLACES, TENANTS, Place
+from dev.demo.far_sides import Bucket, FarSideError, FarSides, Held
+from dev.demo.places import PLACES, STORES, TENANTS, Kind, Place, Store
 from dev.inbox import Received
-from dev.stack import Stack
+from dev.stack import Stack, status
 
 EVENTS = list(islice(stream("test", 1), 200))
 CONFIG = Path("dev/demo/config.yaml")
@@ -197,13 +204,123 @@ def test_each_breach_of_a_replay_breaks_its_promise(breach: Callable[[Seen], Non
     assert [result.promise for result in check_mended(EVENTS, perfect(), after) if not result.held] == [promise]
 
 
-def test_the_configuration_names_the_places_that_the_checks_expect() -> None:
+Stored = dict[Kind, list[Held]]
+
+
+def stored() -> Stored:
+    """What a faultless run leaves in bucket, dataset and topic."""
+    return {
+        store.kind: [
+            Held(event.id, event.type, payload_of(event), store.tenant if store.kind is Kind.BIGQUERY else None)
+            for event in due(store, EVENTS).values()
+        ]
+        for store in STORES
+    }
+
+
+def payload_of(event: DemoEvent) -> str:
+    return bytes(msgspec.json.decode(event.value, type=dict[str, msgspec.Raw])["payload"]).decode()
+
+
+def never_came(held: list[Held]) -> None:
+    held.pop()
+
+
+def came_twice(held: list[Held]) -> None:
+    held.append(held[0])
+
+
+def is_anothers(held: list[Held]) -> None:
+    other = next(event for event in EVENTS if event.tenant == "acme")
+    held.append(Held(other.id, other.type, payload_of(other)))
+
+
+def is_unknown(held: list[Held]) -> None:
+    held.append(structs.replace(held[0], id="evt_other"))
+
+
+def names_another(held: list[Held]) -> None:
+    held[0] = structs.replace(held[0], owner="acme")
+
+
+def is_of_another_type(held: list[Held]) -> None:
+    held[0] = structs.replace(held[0], type="other")
+
+
+def lost_a_zero(held: list[Held]) -> None:
+    at = next(at for at, one in enumerate(held) if "8.10" in one.payload)
+    held[at] = structs.replace(held[at], payload=held[at].payload.replace("8.10", "8.1"))
+
+
+def went_through_a_float(held: list[Held]) -> None:
+    at = next(at for at, one in enumerate(held) if "exchangeRate" in one.payload)
+    payload = {**msgspec.json.decode(held[at].payload), "taxRate": msgspec.Raw(b"8.10")}
+    held[at] = structs.replace(held[at], payload=msgspec.json.encode(payload).decode())
+
+
+def became_a_text(held: list[Held]) -> None:
+    at = next(at for at, one in enumerate(held) if "8.10" in one.payload)
+    held[at] = structs.replace(held[at], payload=held[at].payload.replace("8.10", '"8.10"'))
+
+
+def test_a_faultless_run_of_bucket_dataset_and_topic_holds() -> None:
+    assert all_stored(EVENTS, stored())
+    assert [result for result in check_stored(EVENTS, stored()) if not result.held] == []
+
+
+def test_white_space_and_the_order_of_fields_are_no_change_of_a_payload() -> None:
+    held = {
+        kind: [
+            structs.replace(one, payload=json.dumps(msgspec.json.decode(one.payload), sort_keys=True, indent=1))
+            for one in all_of
+            if "exchangeRate" not in one.payload
+        ]
+        for kind, all_of in stored().items()
+    }
+    events = [event for event in EVENTS if "exchangeRate" not in event.payload]
+    assert [result for result in check_stored(events, held) if not result.held] == []
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: str(store.kind))
+@pytest.mark.parametrize(
+    ("breach", "promise"),
+    [
+        (never_came, "holds every event of its tenant once"),
+        (came_twice, "holds every event of its tenant once"),
+        (is_anothers, "holds nothing else"),
+        (is_unknown, "holds nothing else"),
+        (names_another, "holds nothing else"),
+        (is_of_another_type, "holds type and payload as published, digit for digit"),
+        (lost_a_zero, "holds type and payload as published, digit for digit"),
+        (went_through_a_float, "holds type and payload as published, digit for digit"),
+        (became_a_text, "holds type and payload as published, digit for digit"),
+    ],
+)
+def test_each_breach_of_a_store_breaks_its_promise_and_no_other(
+    store: Store, breach: Callable[[list[Held]], None], promise: str
+) -> None:
+    held = stored()
+    breach(held[store.kind])
+    broken = [result.promise for result in check_stored(EVENTS, held) if not result.held]
+    assert broken == [f"{store.shown} {promise}"]
+    assert all_stored(EVENTS, held) is (breach is not never_came)
+
+
+def test_the_configuration_names_the_places_and_stores_that_the_checks_expect() -> None:
     tenants = yaml.safe_load(CONFIG.read_text())["tenants"]
     configured = [
         (tenant["externalId"], each["id"], each["options"]["url"], each["secrets"]["signing"]["env"])
         for tenant in tenants
         for each in tenant["destinations"]
+        if each["type"] == "webhook"
     ]
+    others = [
+        (tenant["externalId"], each["id"], each["type"])
+        for tenant in tenants
+        for each in tenant["destinations"]
+        if each["type"] != "webhook"
+    ]
+    assert others == [(store.tenant, store.destination, store.kind) for store in STORES]
     assert configured == [(p.tenant, p.destination, f"INBOX{p.path}", p.secret) for p in PLACES]
     assert [tenant["externalId"] for tenant in tenants] == list(TENANTS)
 
@@ -212,24 +329,86 @@ def test_the_stream_is_the_same_for_the_same_seed_and_reaches_every_place() -> N
     assert [(e.tenant, e.payload) for e in islice(stream("a", 7), 50)] == [
         (e.tenant, e.payload) for e in islice(stream("b", 7), 50)
     ]
-    assert all(due(place, EVENTS) for place in PLACES)
+    assert all(due(place, EVENTS) for place in (*PLACES, *STORES))
+
+
+def test_a_far_side_that_does_not_start_says_why_and_keeps_no_other_from_opening(tmp_path: Path) -> None:
+    far_sides = FarSides(tmp_path, "test")
+    try:
+        far_sides.start()
+        far_sides.dataset.close()  # its process has ended before it could answer
+        with pytest.raises(FarSideError, match="BigQuery did not start"):
+            far_sides.wait_until_open()
+        assert "BigQuery did not start" in (far_sides.fault(Kind.BIGQUERY) or "")
+        assert not far_sides.is_open(Kind.BIGQUERY)
+        assert far_sides.is_open(Kind.S3)
+    finally:
+        far_sides.close()
+
+
+def test_a_far_side_that_has_gone_is_told_of_while_the_others_are_read_on(tmp_path: Path) -> None:
+    far_sides = FarSides(tmp_path, "test")
+    try:
+        far_sides.start()
+        assert wait.until(lambda: far_sides.is_open(Kind.S3), 60)
+        far_sides.take_done()
+        far_sides.bucket.close()
+        assert wait.until(lambda: not far_sides.take_done() and far_sides.fault(Kind.S3) is not None, 60)
+        assert "could not be read" in (far_sides.fault(Kind.S3) or "")
+        with pytest.raises(FarSideError, match="could not be read"):
+            far_sides.take_all()
+        assert far_sides.fault(Kind.BIGQUERY) is None
+    finally:
+        far_sides.close()
+
+
+def test_what_a_bucket_holds_is_taken_once_and_an_object_written_over_again(tmp_path: Path) -> None:
+    bucket = Bucket(tmp_path, "demo-test")
+
+    def put(key: str, *events: str) -> None:
+        lines = "".join(f'{{"id":"{event}","type":"a.b","payload":{{"n":1.10}}}}\n' for event in events)
+        url = f"{s3.url(bucket.port)}/demo-test/{key}"
+        headers = {
+            "Authorization": "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request, Signature=0",
+            "Content-Type": "application/gzip",
+        }
+        request = urllib.request.Request(url, gzip.compress(lines.encode()), headers, method="PUT")
+        urllib.request.urlopen(request, timeout=30).close()
+
+    try:
+        bucket.open()
+        put("type%3Da.b/1", "evt_1", "evt_2")
+        assert [(one.id, one.payload) for one in bucket.take()] == [("evt_1", '{"n":1.10}'), ("evt_2", '{"n":1.10}')]
+        assert bucket.take() == []
+        put("type%3Da.b/1", "evt_3")
+        assert [one.id for one in bucket.take()] == ["evt_3"]
+    finally:
+        bucket.close()
 
 
 @pytest.mark.broker
 def test_the_demo_checks_every_delivery_and_ends_what_it_started(stack: Stack) -> None:
     prefix = f"demo-{uuid4().hex[:8]}"
+    before = status(stack.dir).services
     done = subprocess.run(
         [sys.executable, "-m", "cli.main", "demo", "--once", "--events", "150"],
         env={**os.environ, "HEADGATE_DEV_DIR": str(stack.dir), "HEADGATE_PREFIX": prefix},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all held: 150 events of 7 tenants" in done.stdout
+    assert "all held: 150 events of 10 tenants" in done.stdout
     assert "FAILED" not in done.stdout
     assert "ok     what was refused has arrived by a replay" in done.stdout
+    for store in STORES:
+        assert f"ok     {store.shown} holds every event of its tenant once" in done.stdout
+    admin = AdminClient({"bootstrap.servers": stack.kafka_bootstrap})
+    assert [
+        topic for topic in admin.list_topics(timeout=30).topics if re.fullmatch("headgate-demo-[0-9a-f]{6}", topic)
+    ] == []
+    assert status(stack.dir).services == before
 
 
 @pytest.mark.broker
@@ -252,7 +431,7 @@ def test_a_demo_whose_terminal_is_closed_ends_what_it_started(stack: Stack) -> N
         os.close(terminal)
         demo.send_signal(signal.SIGHUP)  # as its shell does
         demo.wait(60)
-        assert len(started) >= 2  # the inbox and the worker
+        assert len(started) >= 4  # S3, BigQuery, the inbox and the worker
         assert [one for one in started if one.is_running()] == []
     finally:
         for one in started:
@@ -269,7 +448,7 @@ def test_what_to_try_next_fits_a_terminal_of_80_columns_line_by_line() -> None:
 
 
 def test_the_live_table_is_whole_in_a_terminal_of_80_by_24() -> None:
-    rows = [Row(tenant, 12345, 12345, 12, 12345, 13.0, 3200.0) for tenant in TENANTS]
+    rows = [Row(tenant, 12345, 12345, 12, 12345, 13.0, 3200.0, "BigQuery starts") for tenant in TENANTS]
     console = Console(width=80, force_terminal=False)
     with console.capture() as capture:
         console.print(live_table(rows, 99999))
