@@ -5,47 +5,40 @@ same ones. What is stored or parked is kept by destination in the cursor topic (
 offset alone could not say it, since destinations interleave. A batch that is due again comes back as its manifest, and
 is read again from the log. Batches are delivered by the lanes, and end in `streams/settle.py`.
 
-`Slot` is one partition in one assignment; `Stage` is the consumer around them. All of it runs on the event loop's
-thread, but for what blocks.
+`Slot` (`streams/slots.py`) is one partition in one assignment; `Stage` is the consumer around them. All of it runs on
+the event loop's thread, but for what blocks.
 """
 
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import confluent_kafka
 import structlog
 from confluent_kafka import KafkaError, KafkaException
 from msgspec import Raw, Struct
-from msgspec.structs import replace
 
 from config.acls import stage_transactional_id
 from config.kafka import KafkaFault
 from config.provision import log_names
-from connectors.contract import NotOwned, Span
-from routing.batches import Boundaries, Closed, Limits
+from connectors.contract import Span
+from routing.batches import Closed, Limits
 from schemas.delivery import Delivery
 from schemas.event import Event
-from schemas.ids import DeliveryId, DestinationId, Tag, TenantRef, Vendor, base32, digest, parts, unpercent
+from schemas.ids import DeliveryId, DestinationId, TenantRef, Vendor, base32, digest, parts, unpercent
 from schemas.staged import (
     LIMITS,
     MARK,
     SOURCE,
-    BatchRecord,
-    CursorRecord,
     cursor_key,
     encode_cursor,
-    pack_offsets,
     read_limits,
-    read_place,
     tick_headers,
-    unpack_offsets,
 )
 from schemas.topics import Topics
 from schemas.wire import Parked, read_parked
@@ -56,6 +49,7 @@ from streams.flight import Fan, Flight
 from streams.lanes import Lanes
 from streams.outbox import Letter, Outbox
 from streams.settle import Settle, nothing
+from streams.slots import BatchKey, ClosedBatch, Gathering, Slot
 
 log = structlog.get_logger()
 
@@ -77,190 +71,12 @@ NO_SUCH_TOPIC: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._
 BLOCKING: Final = 3  # threads that read cursors and ranges
 NO_EVENT: Final = Event(eventType="", payload=Raw(b"null"))  # of a batch
 
-BatchKey: TypeAlias = tuple[bytes, int]  # its destination, its first offset
-
-
-class _Gathering(Struct, gc=False):
-    """An open batch. Its records are kept while there is room for them; else they are read again once it is whole."""
-
-    records: list[Record] | None
-    size: int
-    skip: list[int]
-    digest: Any
-
-
-class _Way(Struct, gc=False):
-    """How far one destination has come in one partition.
-
-    `seen`: by log, each offset there that a record of this destination was read from, and that record's own offset.
-    `floors`: by log, below which everything has been seen, as its cursor says.
-    """
-
-    last: int
-    floors: dict[str, int]
-    seen: dict[str, dict[int, int]]
-    closed: deque["_Closed"]  # in the order of the log, until what is before them is done
-
-
-class _Closed(Struct, gc=False):
-    batch: StagedBatch
-    floors: dict[str, int]  # as they were known when it was closed
-    done: bool = False
-
 
 class _Waiting(Struct, gc=False):
-    slot: "Slot"
+    slot: Slot
     batch: StagedBatch
     parked: Parked | None  # of its manifest
     size: int
-
-
-class Slot:
-    """One partition of a stage topic during one assignment; the source of its batches' flights."""
-
-    def __init__(self, stage: "Stage", topic: str, partition: int, vendor: Vendor) -> None:
-        self._stage = stage
-        self.topic = topic
-        self.partition = partition
-        self.vendor = vendor
-        self.cursor_topic = stage.topics.stage_cursor(vendor, Tag(topic.rpartition(".")[2]))
-        self.log = ""  # set once loaded
-        self.gone = False
-        self.ready = False
-        self.position = -1
-        self.committed = -1
-        self.floors: dict[str, int] = {}  # as the log has told in this assignment
-        self.ways: dict[bytes, _Way] = {}
-        self.gathering: dict[bytes, _Gathering] = {}
-        self.boundaries: Boundaries[bytes] = Boundaries({})
-        self.batches: dict[BatchKey, BatchRecord] = {}
-        self.items: dict[int, StagedBatch | None] = {}  # what holds up the commit, by its offset
-        self.active: dict[BatchKey, StagedBatch] = {}
-        self.early: dict[BatchKey, Any] = {}  # manifests that came by before their batch was settled here
-        self.dirty: set[bytes] = set()
-        self.dirty_batches: set[BatchKey] = set()
-        self.ticked_at = 0.0
-        self.behind = True  # the end of the partition is not reached: others bring the time
-
-    def take_over(self, kept: Kept, name: str) -> None:
-        self.log = name
-        for of, cursor in kept.cursors.items():
-            if cursor.log != name:  # the topic was made anew under its name
-                continue
-            floors = {place: floor for place, (floor, _) in cursor.seen.items()}
-            seen = {place: dict.fromkeys(unpack_offsets(packed), -1) for place, (_, packed) in cursor.seen.items()}
-            self.ways[of] = _Way(cursor.last, floors, seen, deque())
-        self.batches = {key: batch for key, batch in kept.batches.items() if batch.log == name}
-        self.dirty_batches = set(kept.batches) - set(self.batches)
-        self.boundaries = Boundaries({of: way.last for of, way in self.ways.items()})
-        self.ready = True
-
-    def way(self, of: bytes) -> _Way:
-        found = self.ways.get(of)
-        if found is None:
-            found = self.ways[of] = _Way(-1, {}, {}, deque())
-        return found
-
-    # ---------------------------------------------------------------- what batches ask of it
-
-    def settled(self, offsets: Sequence[int]) -> None:
-        """A `Source`: batches, and records that were ended by themselves."""
-        if self.gone:
-            return
-        for offset in offsets:
-            batch = self.items.pop(offset, None)
-            if batch is not None:
-                self._done(batch)
-                early = self.early.pop((batch.of, batch.span.first), None)
-                if early is not None:
-                    del self.items[early.offset()]
-                    self._stage.manifest(self, early)
-        self._stage.changed()
-
-    def _done(self, batch: StagedBatch) -> None:
-        key = batch.of, batch.span.first
-        if self.active.get(key) is batch:
-            del self.active[key]
-        flying = batch.flying
-        ended = batch if flying is None or flying.batch is None else flying.batch
-        again = flying is not None and flying.end == "again"
-        if again:
-            self._keep(batch, ended, ended.turn + 1)
-        way = self.way(batch.of)
-        for closed in way.closed:
-            if closed.batch is batch:
-                closed.done = True
-                break
-        self.pass_by(way)
-        if again:
-            return
-        if batch.span.last > way.last:  # not forgotten before that: whoever begins at the cursor forms it again
-            self._keep(batch, ended, ended.turn, over=True)
-        elif self.batches.pop(key, None) is not None:
-            self.dirty_batches.add(key)
-
-    def pass_by(self, way: _Way) -> None:
-        """The cursor goes on over all batches that are done."""
-        while way.closed and way.closed[0].done:
-            closed = way.closed.popleft()
-            of, span = closed.batch.of, closed.batch.span
-            way.last = span.last
-            way.floors = closed.floors
-            for place, floor in closed.floors.items():
-                seen = way.seen.get(place)
-                if seen is not None:
-                    way.seen[place] = {offset: at for offset, at in seen.items() if offset >= floor}
-            self.dirty.add(of)
-            known = self.batches.get((of, span.first))
-            if known is not None and known.over:
-                del self.batches[of, span.first]
-                self.dirty_batches.add((of, span.first))
-
-    def _keep(self, batch: StagedBatch, ended: StagedBatch, turn: int, *, over: bool = False) -> None:
-        """`ended`: whose end was this batch's. It may be of an earlier assignment, and know less of what was noted."""
-        key = batch.of, batch.span.first
-        known = self.batches.get(key)
-        record = self._record(batch, turn)
-        self.batches[key] = replace(
-            record,
-            unsure=batch.unsure or ended.unsure,
-            noted=record.noted if known is None else known.noted,
-            over=over,
-        )
-        self.dirty_batches.add(key)
-
-    def _record(self, batch: StagedBatch, turn: int) -> BatchRecord:
-        return BatchRecord(batch.span.last, batch.count, self.log, turn, batch.unsure, tuple(batch.skip), batch.noted)
-
-    async def note(self, batch: StagedBatch, noted: bytes) -> None:
-        key = batch.of, batch.span.first
-        if not self.gone:
-            self.batches[key] = replace(self._record(batch, batch.turn), noted=noted)
-            self.dirty_batches.add(key)
-        written = False
-        while not written and not self.gone:
-            written = await self._stage.written()
-        if self.gone:  # then nothing of it was in what has been written since
-            raise NotOwned
-
-    async def read_again(self, batch: StagedBatch) -> list[Record]:
-        return await self._stage.read_range(self.topic, batch)
-
-    # ---------------------------------------------------------------- what is kept
-
-    def cursor(self, of: bytes) -> CursorRecord:
-        way = self.ways[of]
-        seen: dict[str, tuple[int, str]] = {}
-        for place, offsets in way.seen.items():
-            floor = way.floors.get(place, 0)
-            before = [offset for offset, at in offsets.items() if at <= way.last and offset >= floor]
-            if before or floor:
-                seen[place] = (floor, pack_offsets(before))
-        return CursorRecord(way.last, self.log, seen)
-
-    def committable(self) -> int:
-        """The offset below which nothing is needed any more."""
-        return min(min(self.items, default=self.position), self.boundaries.oldest(self.position))
 
 
 class Stage:
@@ -394,19 +210,6 @@ class Stage:
         self._threads.shutdown(wait=False)
         self._writer_thread.shutdown(wait=False)
 
-    def lags(self) -> list[tuple[str, int, int]]:
-        """Topic, partition, records that are not committed."""
-        found: list[tuple[str, int, int]] = []
-        for slot in self._slots.values():
-            if slot.committed >= 0:
-                at = confluent_kafka.TopicPartition(slot.topic, slot.partition)
-                try:
-                    _, end = self._consumer.get_watermark_offsets(at, cached=True)
-                except KafkaException:
-                    continue
-                found.append((slot.topic, slot.partition, max(0, end - slot.committed)))
-        return found
-
     # ---------------------------------------------------------------- assignment
 
     def _assigned(self, consumer: Any, partitions: list[Any]) -> None:
@@ -514,6 +317,9 @@ class Stage:
             return
         offset = message.offset()
         _, at_ms = message.timestamp()
+        if offset < slot.position:
+            log.warning("log_restarted", topic=slot.topic, partition=slot.partition, was=slot.position, now=offset)
+            raise RuntimeError(f"topic {slot.topic} was made anew under its name; the next start reads it as a new one")
         slot.position = offset + 1
         slot.behind = True
         for closed in slot.boundaries.pass_by(at_ms):
@@ -533,10 +339,10 @@ class Stage:
         place = headers.get(SOURCE)
         if not slot.boundaries.takes(of, offset):
             if place is not None:
-                self._learn(slot, place)
+                slot.learn(place)
             return
         way = slot.way(of)
-        if place is not None and not self._first_of(slot, way, place, offset):
+        if place is not None and not slot.is_first(way, place, offset):
             gathering = slot.gathering.get(of)
             if gathering is not None:
                 gathering.skip.append(offset)
@@ -545,7 +351,7 @@ class Stage:
         size = len(value) + RECORD_OVERHEAD_BYTES
         gathering = slot.gathering.get(of)
         if gathering is None:
-            gathering = slot.gathering[of] = _Gathering([], 0, [], blake2b(digest_size=16))
+            gathering = slot.gathering[of] = Gathering([], 0, [], blake2b(digest_size=16))
         gathering.digest.update(headers.get("hg-delivery", b""))
         if gathering.records is not None:
             gathering.records.append(Record(offset, headers, value))
@@ -566,29 +372,6 @@ class Stage:
             except ValueError:
                 return None
         return found
-
-    @staticmethod
-    def _learn(slot: Slot, place: bytes) -> tuple[str, int] | None:
-        """What a record says of the log that it came from; its place there."""
-        try:
-            name, offset, floor = read_place(place)
-        except ValueError:
-            return None
-        if floor > slot.floors.get(name, 0):
-            slot.floors[name] = floor
-        return name, offset
-
-    def _first_of(self, slot: Slot, way: _Way, place: bytes, at: int) -> bool:
-        """Whether this is the first record that was staged from its place. What a crash has read again is not."""
-        found = self._learn(slot, place)
-        if found is None:
-            return True
-        name, offset = found
-        seen = way.seen.setdefault(name, {})
-        if offset < slot.floors.get(name, 0) or offset < way.floors.get(name, 0) or offset in seen:
-            return False
-        seen[offset] = at
-        return True
 
     def _repeated(self, slot: Slot, of: bytes) -> None:
         tenant = self._tenants.get(TenantRef(slot.vendor, unpercent(of.decode("utf-8", "replace").partition("/")[0])))
@@ -626,7 +409,7 @@ class Stage:
         )
         way = slot.way(of)
         floors = {name: max(slot.floors.get(name, 0), way.floors.get(name, 0)) for name in way.seen}
-        way.closed.append(_Closed(batch, floors))
+        way.closed.append(ClosedBatch(batch, floors))
         if known is not None and (
             known.turn or known.over
         ):  # before one in front of it was: its manifest stands for it

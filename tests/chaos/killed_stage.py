@@ -19,7 +19,7 @@ from streams.cursor import CursorWriter, Entry, Kept
 from streams.ingress import Router
 from streams.outbox import Letter, Outbox
 from streams.settle import Settle
-from streams.stage import Slot
+from streams.slots import Slot
 from tests import files
 from tests.files import FilesConnector
 

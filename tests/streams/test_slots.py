@@ -27,7 +27,8 @@ from streams.batch import Record, StagedBatch
 from streams.cursor import Kept
 from streams.flight import Flight
 from streams.lanes import Lanes, LaneSettings
-from streams.stage import NO_EVENT, Slot, Stage
+from streams.slots import Slot
+from streams.stage import NO_EVENT, Stage
 
 ACME = TenantRef(Vendor("default"), ExternalId("acme"))
 BUCKET = DestinationId("bucket")
