@@ -189,8 +189,8 @@ class Topic:
         admin = self._admin()
         try:
             admin.create_topics([NewTopic(self._name, PARTITIONS, 1)])[self._name].result(ASK_TIMEOUT_S)
-        except KafkaException as fault:
-            raise FarSideError(f"the topic {self._name} was not made: {fault}") from fault
+        except (KafkaException, TimeoutError) as fault:
+            raise FarSideError(f"the topic {self._name} was not made: {str(fault) or 'no answer'}") from fault
         self._consumer.assign([TopicPartition(self._name, number, 0) for number in range(PARTITIONS)])
 
     def take(self) -> Sequence[Held]:
