@@ -24,7 +24,7 @@ from bench.rig import BenchError, Rig
 
 BARS: Final = {"s3": 40_000, "bigquery": 25_000, "kafka": 25_000}
 FLUSH: Final = "5s"
-LOOK_S: Final = 0.25
+LOOK_S: Final = 1.0
 STALL_S: Final = 120.0
 
 

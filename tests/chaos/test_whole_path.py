@@ -23,14 +23,18 @@ COMMON = settings(
     suppress_health_check=list(HealthCheck),
 )
 SMALL = settings(COMMON, max_examples=2, stateful_step_count=15, derandomize=True, phases=[Phase.generate])
-FULL = settings(COMMON, max_examples=60, stateful_step_count=40, phases=[Phase.generate, Phase.shrink])
+FULL = settings(COMMON, max_examples=15, stateful_step_count=40, phases=[Phase.generate, Phase.shrink])
+PARTS = 4  # of the full size: each is some ten minutes, and tells what it found at its end
 
 
 @pytest.mark.parametrize(
     "size",
     [
         pytest.param(SMALL, id="small"),
-        pytest.param(FULL, id="full", marks=[pytest.mark.chaos("whole path"), pytest.mark.timeout(7200)]),
+        *(
+            pytest.param(FULL, id=f"full-{part}", marks=[pytest.mark.chaos("whole path"), pytest.mark.timeout(7200)])
+            for part in range(PARTS)
+        ),
     ],
 )
 def test_every_event_is_accounted_for_and_none_crosses_whatever_is_done_in_any_order(
