@@ -77,12 +77,12 @@ def decided(found: Filter, shown: Event) -> bool | FilterFault:
         return fault
 
 
-def cost(act: Callable[[], Any], tally: Tally) -> tuple[float, Any]:
-    """Milliseconds, and what came of it."""
+def cost(act: Callable[[], Any], tally: Tally, bound_ms: float = BOUND_MS) -> tuple[float, Any]:
+    """Milliseconds, and what came of it. What is over its bound is measured again, by the machine's pace."""
     started = time.thread_time()
     result = act()
     least = (time.thread_time() - started) * 1000
-    if least > BOUND_MS:
+    if least > bound_ms:
         tally.measured_again += 1
         paces = []
         for _ in range(TRIES):
@@ -162,7 +162,7 @@ def test_doubles_that_are_slow_to_read_cost_no_more_than_others(text: str) -> No
     found, tally = compile_filter(text), Tally()
     for payload in (b'{"a": [%b]}' % many, b"{%b}" % b",".join([b'"a": %b' % number] * 1_500)):
         shown = event(payload)
-        spent, _ = cost(lambda shown=shown: decided(found, shown), tally)  # type: ignore[misc]
+        spent, _ = cost(lambda shown=shown: decided(found, shown), tally, BOUND_MS / 2)  # type: ignore[misc]
         assert spent < BOUND_MS / 2
     # the control: msgspec's own reading
     assert milliseconds(lambda: msgspec.json.decode(b"[%b]" % many)) > BOUND_MS
