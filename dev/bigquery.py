@@ -20,7 +20,7 @@ from dev.process import Condition, Proc
 LOG: Final = "bigquery.log"
 PROJECT: Final = "headgate-dev"
 START_TIMEOUT_S: Final = 120.0
-_ANSWER_TIMEOUT_S: Final = 20.0
+_ANSWER_TIMEOUT_S: Final = 60.0
 
 
 class BigQueryError(Exception):
