@@ -74,11 +74,7 @@ def load(kafka: Mapping[str, Any], partitions: Sequence[tuple[str, int]]) -> dic
             try:
                 _, end = ends.get_watermark_offsets(TopicPartition(topic, number), CALL_S)
             except KafkaException as fault:
-                if fault.args[0].code() in (
-                    KafkaError.UNKNOWN_TOPIC_OR_PART,
-                    KafkaError._UNKNOWN_TOPIC,
-                    KafkaError._UNKNOWN_PARTITION,
-                ):
+                if fault.args[0].code() in MISSING:
                     continue
                 raise
             kept[topic, number] = Kept({}, {})

@@ -147,11 +147,16 @@ class Lane:
         return old
 
 
+def _options(spec: Spec[Any, Any], record: DestinationRecord) -> Any:
+    """Raises ValidationError for those of another release."""
+    return spec.options.model_validate(json.loads(bytes(record.options)))
+
+
 def _batching(spec: Spec[Any, Any], record: DestinationRecord) -> Batching:
     """How large its batches get. Options that this release does not read are another's: it delivers them."""
     assert spec.batching is not None
     try:
-        return spec.batching(spec.options.model_validate(json.loads(bytes(record.options))))
+        return spec.batching(_options(spec, record))
     except ValidationError:
         return UNREAD_BATCHING
 
@@ -469,7 +474,7 @@ class Lanes:
         opened = open_secrets(lane.owner.tenant, lane.destination, at_ms)
         ends = [s.until_ms for live in lane.record.secrets.values() for s in live if s.until_ms > at_ms]
         lane.secrets_until_ms = min(ends, default=0)
-        options = spec.options.model_validate(json.loads(bytes(lane.record.options)))
+        options = _options(spec, lane.record)
         secrets = spec.secrets.model_validate(assemble(opened))
         also = frozenset(lane.record.retry.also)
         expressions = {name: compile_text(text).text for name, text in spec.expressions(options).items()}

@@ -45,6 +45,7 @@ from schemas.wire import Parked, parked_headers, unrouted_headers
 from streams.batch import Dead as Buried
 from streams.batch import StagedBatch
 from streams.flight import Fan, Flight, Source
+from streams.lanes import Lane
 from streams.ledger import DONE, Ledger
 from streams.metrics import Histogram, Metrics, bump
 from streams.outbox import Letter, Outbox, RawHeaders
@@ -593,15 +594,17 @@ class Settle:
         delivery = flight.delivery
         # of what came by the retry topic no record has the append time at ingress
         began_ms = delivery.appended_ms if delivery.trigger == "event" else delivery.first_failed_ms
-        seconds = (now_ms - began_ms) / 1000
-        owner = flight.lane.owner
-        event_type = owner.type_label(delivery.event.eventType)
+        self._took(flight.lane, delivery, (now_ms - began_ms) / 1000)
+
+    def _took(self, lane: Lane, delivery: Delivery, seconds: float) -> None:
+        """One delivery has come to its end."""
+        event_type = lane.owner.type_label(delivery.event.eventType)
         name = event_type if self._metrics.type_label else ""
-        histogram = meter.delivery_s.get(name)
+        histogram = lane.meter.delivery_s.get(name)
         if histogram is None:
-            histogram = meter.delivery_s[name] = Histogram()
+            histogram = lane.meter.delivery_s[name] = Histogram()
         histogram.observe(seconds)
-        owner.average(event_type).observe(seconds)
+        lane.owner.average(event_type).observe(seconds)
 
     def _count_batch(self, flight: Flight, batch: StagedBatch, now_ms: float) -> None:
         meter = flight.lane.meter
@@ -613,7 +616,6 @@ class Settle:
         opened = batch.opened
         if flight.end not in ("delivered", "dead") or opened is None:
             return
-        owner = flight.lane.owner
         for delivery in opened.deliveries:
             refused = batch.refused.get(delivery.id)
             if refused is not None or flight.end == "dead":
@@ -624,13 +626,7 @@ class Settle:
                 end = ("delivered", "ok" if outcome is None else outcome.code)
             meter.ends[end] = meter.ends.get(end, 0) + 1
             seconds = (now_ms - delivery.appended_ms) / 1000
-            event_type = owner.type_label(delivery.event.eventType)
-            name = event_type if self._metrics.type_label else ""
-            histogram = meter.delivery_s.get(name)
-            if histogram is None:
-                histogram = meter.delivery_s[name] = Histogram()
-            histogram.observe(seconds)
-            owner.average(event_type).observe(seconds)
+            self._took(flight.lane, delivery, seconds)
         batch.opened = None
 
 

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import pytest
@@ -108,7 +109,7 @@ class Story:
 async def gone(worker: Worker, within_s: float) -> bool:
     try:
         await worker.ended(within_s)
-    except Exception:
+    except TimeoutExpired:
         return False
     return True
 
